@@ -1,0 +1,206 @@
+"""A run's configuration: one strict YAML file, assembled from the sections of the modules.
+
+Every mistake is one sentence that names the key, the value, the rule and, for a misspelt key, the
+nearest one there is.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from pipeline.data.sources import DataConfig
+from pipeline.diffusion.schedules import DiffusionConfig
+from pipeline.errors import ConfigError
+from pipeline.evaluation.metrics import EvaluationConfig
+from pipeline.networks.unet import UNetConfig
+from pipeline.registry.models import RegistryConfig
+from pipeline.registry.runs import TrackingConfig
+from pipeline.samplers.plan import SamplingConfig
+from pipeline.serving.api import ServingConfig
+from pipeline.training.loop import TrainingConfig
+
+
+class ClusterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Where a run runs."""
+
+    address: str | None = None
+    """Of a Ray cluster; by default RAY_ADDRESS, or a local Ray on this machine's cores."""
+    workers: int = Field(default=1, ge=1)
+    """Data-parallel training workers."""
+    cpus_per_worker: int = Field(default=1, ge=1)
+    gpus_per_worker: Literal[0, 1] = 0
+    max_failures: int = Field(default=10, ge=0)
+    """How often training is restarted from its last checkpoint after a worker was lost."""
+
+
+class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """The whole of a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)
+    """MLflow experiment and registered model."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    storage: str = Field(default="runs", min_length=1)
+    """Any fsspec URI; outputs lie at STORAGE/STAGE/ID/."""
+    tracking: TrackingConfig = TrackingConfig()
+    data: DataConfig
+    network: UNetConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    registry: RegistryConfig = RegistryConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    serving: ServingConfig = ServingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit_each_other(self) -> "RunConfig":
+        self.network.check_image_size(self.data.image_size)
+        if self.sampling.steps > self.diffusion.timesteps:
+            raise ValueError(
+                f"sampling.steps={self.sampling.steps} must be at most "
+                f"diffusion.timesteps={self.diffusion.timesteps}"
+            )
+        if self.sampling.guidance and not self.training.label_dropout:
+            raise ValueError(
+                f"sampling.guidance={self.sampling.guidance} needs training.label_dropout above 0, "
+                "since guidance compares with the model without a label"
+            )
+        if self.training.batch_size % self.cluster.workers:
+            raise ValueError(
+                f"training.batch_size={self.training.batch_size} must be a multiple of "
+                f"cluster.workers={self.cluster.workers}, so that every worker has the same share"
+            )
+        return self
+
+
+def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:
+    """The configuration of a YAML file with `key.path=value` overrides.
+
+    Raises:
+        ConfigError: with one line for each mistake.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigError(f"{path} is not a config file: see those in configs/") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    values = _parse_yaml(text, path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections such as `data:` and `training:`")
+    for override in overrides or []:
+        _apply(values, override)
+    return validate_config(values, path)
+
+
+def validate_config(values: dict[str, Any], where: str) -> RunConfig:
+    """The configuration of plain values; `where` stands in the messages."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{where}: {_sentence(problem)}" for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _sentence(problem: Any) -> str:
+    key = ".".join(map(str, problem["loc"]))
+    kind, message = problem["type"], str(problem["msg"])
+    if kind == "extra_forbidden":
+        near = _nearest_key(key)
+        return f"{key} is not a known key" + (f"; did you mean {near}?" if near else "")
+    if kind == "missing":
+        return f"{key} is missing, and has no default"
+    if kind == "value_error":
+        message = message.removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    rule = message[0].lower() + message[1:]
+    return f"{key}={problem['input']!r} is wrong: {rule.removeprefix('input ')}"
+
+
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """Every key a config may have, dotted."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _nearest_key(key: str) -> str | None:
+    keys = known_keys()
+    if near := difflib.get_close_matches(key, keys, n=1, cutoff=0.6):
+        return near[0]
+    # right name, wrong section
+    same_name = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    return same_name[0] if same_name else None
+
+
+# --- YAML ---------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers and booleans (1e-4 is a number, `no` is a word), and no duplicate keys."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+
+for tag, pattern, first in (
+    ("bool", r"true|false|True|False", "tfTF"),
+    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first) + [""] * (tag == "null")
+    )
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key!r} stands twice in one section", problem_mark=key_node.start_mark
+            )
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    return float(str(node.value).replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{where}{line}: {error.problem or 'this is not YAML'}") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ConfigError(f"{where}: this is not YAML ({error})") from error
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"--set {override!r} must have the form key=value, as in training.lr=3e-4")
+    *sections, last = path.strip().split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override!r}: {section} is a value, not a section")
+        values = inner
+    values[last] = _parse_yaml(text, f"--set {override}")

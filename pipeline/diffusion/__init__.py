@@ -1,0 +1,1 @@
+"""The forward process q, the reverse process p, and the training objective."""

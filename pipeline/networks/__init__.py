@@ -1,0 +1,1 @@
+"""ε_θ(x_t, t): one backbone a file."""

@@ -1,0 +1,173 @@
+"""The MLflow run of a pipeline: one a training, whatever is killed and started again.
+
+Only the driver writes to it. A run is found again by the id of the training it records, and a metric
+is written only beyond the last step that is there, so a resumed training adds no duplicate points.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from pydantic import BaseModel
+
+from pipeline import storage
+from pipeline.errors import StorageError
+
+if TYPE_CHECKING:  # importing mlflow takes seconds, which `ddpm config` need not wait for
+    from mlflow.tracking import MlflowClient
+
+TRAIN_ID = "ddpm.train_id"
+
+
+class TrackingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Where runs and models are recorded."""
+
+    uri: str | None = None
+    """MLflow tracking URI; by default MLFLOW_TRACKING_URI, or sqlite:///mlflow.db."""
+
+
+@contextlib.contextmanager
+def explained(uri: str) -> Iterator[None]:
+    """Turn MLflow's errors into one sentence about the tracking URI."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise StorageError(f"MLflow at {uri} cannot be used: {first_line}") from error
+
+
+def make_client(uri: str) -> MlflowClient:
+    """A client of the tracking and registry store, its database made if it is new.
+
+    The first use of a new sqlite file by two processes at once would fail, so it is done in turn.
+    """
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    with explained(uri):
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        if uri.startswith("sqlite:///"):
+            with storage.exclusive(uri.removeprefix("sqlite:///") + ".lock"):
+                client.search_experiments(max_results=1)
+        else:
+            client.search_experiments(max_results=1)
+    return client
+
+
+class TrackedRun:
+    """The MLflow run that records one training, its evaluation and its registration."""
+
+    def __init__(self, uri: str, experiment: str, train_id: str, params: dict[str, Any]) -> None:
+        """Find the run of `train_id`, or create it with `params` (flat names, any values)."""
+        from mlflow.entities import Param
+
+        self.uri = uri
+        self.client = make_client(uri)
+        with explained(uri):
+            found = self.client.get_experiment_by_name(experiment)
+            experiment_id = (
+                found.experiment_id if found else self.client.create_experiment(experiment)
+            )
+            runs = self.client.search_runs(
+                [experiment_id], f"tags.`{TRAIN_ID}` = '{train_id}'", max_results=1
+            )
+            if runs:
+                self.run_id = str(runs[0].info.run_id)
+                self.client.update_run(self.run_id, status="RUNNING")
+            else:
+                run = self.client.create_run(
+                    experiment_id, run_name=f"{experiment}-{train_id[:8]}", tags={TRAIN_ID: train_id}
+                )
+                self.run_id = str(run.info.run_id)
+                entries = [Param(name, str(value)) for name, value in params.items()]
+                self.client.log_batch(self.run_id, params=entries)
+        self._last_step: dict[str, int] = {}
+        self._image_steps: dict[str, set[int]] = {}
+
+    def log_history(self, records: list[dict[str, float]]) -> None:
+        """Add records {step, name: value, ...}; what is there already is left as it is."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = []
+        for record in records:
+            step = int(record["step"])
+            for name, value in record.items():
+                if name != "step" and step > self._last(name):
+                    metrics.append(Metric(name, value, now, step))
+                    self._last_step[name] = step
+        with explained(self.uri):
+            for start in range(0, len(metrics), 1000):  # MLflow's limit of one call
+                self.client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+
+    def _last(self, name: str) -> int:
+        from mlflow.exceptions import MlflowException
+
+        if name not in self._last_step:
+            with explained(self.uri):
+                try:
+                    history = self.client.get_metric_history(self.run_id, name)
+                except MlflowException:  # no such metric yet, in some stores
+                    history = []
+            self._last_step[name] = max((point.step for point in history), default=-1)
+        return self._last_step[name]
+
+    def log_image(self, name: str, step: int, png: bytes) -> None:
+        """Add an image to the series `name`, once a step."""
+        with explained(self.uri):
+            if name not in self._image_steps:
+                paths = [entry.path for entry in self.client.list_artifacts(self.run_id, "images")]
+                marks = [path.split("/")[-1].split("%") for path in paths]
+                self._image_steps[name] = {
+                    int(mark[2]) for mark in marks if len(mark) > 2 and mark[0] == name
+                }
+            if step not in self._image_steps[name]:
+                image = Image.open(io.BytesIO(png))
+                self.client.log_image(self.run_id, image, key=name, step=step)
+                self._image_steps[name].add(step)
+
+    def log_artifact(self, folder: str, name: str, data: bytes) -> None:
+        """Store a file with the run; the same name again replaces it."""
+        with tempfile.TemporaryDirectory() as temporary, explained(self.uri):
+            path = Path(temporary) / name
+            path.write_bytes(data)
+            self.client.log_artifact(self.run_id, str(path), folder or None)
+
+    def log_dataset(self, name: str, digest: str, source: str, facts: dict[str, Any]) -> None:
+        """Record the ShardSet as the run's input."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        entry = Dataset(
+            name=name,
+            digest=digest[:36],
+            source_type="local" if storage.local_path(source) else "uri",
+            source=json.dumps({"uri": source}),
+            profile=json.dumps(facts),
+        )
+        tags = [InputTag("mlflow.data.context", "training")]
+        with explained(self.uri):
+            self.client.log_inputs(self.run_id, datasets=[DatasetInput(entry, tags)])
+
+    def set_tags(self, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        with explained(self.uri):
+            entries = [RunTag(name, value) for name, value in tags.items()]
+            self.client.log_batch(self.run_id, tags=entries)
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """Close the run: FINISHED, FAILED or KILLED. It opens again when its training resumes."""
+        with explained(self.uri):
+            self.client.set_terminated(self.run_id, status)
+

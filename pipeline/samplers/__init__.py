@@ -1,0 +1,1 @@
+"""From noise to images: solvers compiled to plans, and the model they run on."""

@@ -1,0 +1,1 @@
+"""Drawing images on request: the step-level engine and the HTTP contract."""

@@ -1,0 +1,263 @@
+"""The sampling engine: images of many requests advance together, one network call at a time.
+
+The unit is a row (x_t, t, label). Before each call the engine gathers rows of the images in hand,
+whatever their sampler, number of steps, guidance or position, into one batch; images join and leave
+between calls. A guided image is two rows, ε(c) and ε(∅).
+
+In `exact` mode the pixels of an image depend on its recipe alone (promise P3): its noise is addressed
+by (seed, index, step), and every network call has one fixed shape, padded with zeros, on one thread,
+since the kernels that torch picks for another batch size or thread count round differently. In
+`fast` mode a call has as many rows as there are.
+"""
+
+import contextlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.images import to_uint8
+from pipeline.diffusion.gaussian import guided_eps
+from pipeline.errors import RequestError
+from pipeline.samplers.model import Model, make_plan
+from pipeline.samplers.plan import C_Z, SamplingConfig, T, advance
+from pipeline.seeding import key, normal
+
+EXACT_ROWS = 16
+"""Rows of a network call: where the throughput of small U-Nets on CPU cores has its knee."""
+
+Mode = Literal["exact", "fast"]
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """The recipe of one image, but for the model: image `index` of the request with `seed`."""
+
+    seed: int
+    index: int
+    label: int | None
+    sampling: SamplingConfig
+
+
+@dataclass
+class _Image:
+    """An image in hand: at which row of its plan it is, and its x_t."""
+
+    ticket: int
+    request: ImageRequest
+    table: Tensor  # (steps, 6)
+    position: int
+    x: Tensor  # (C, H, W)
+
+    @property
+    def rows(self) -> int:
+        return 2 if self.request.sampling.guidance else 1
+
+
+class Engine:
+    """Draws images from one model. Not thread-safe; see EngineThread.
+
+    Args:
+        mode: `exact` or `fast`, see the module.
+        rows: the most rows in a network call, and in exact mode the number of rows in each.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        mode: Mode = "exact",
+        rows: int = EXACT_ROWS,
+        device: torch.device | None = None,
+    ) -> None:
+        assert rows >= 2, "a guided image takes two rows"
+        self.model = model
+        self.mode = mode
+        self.rows = rows
+        self.device = device or torch.device("cpu")
+        self.num_calls = 0
+        self.num_useful_rows = 0
+        self._waiting: deque[_Image] = deque()
+        self._next_ticket = 0
+        model.network.to(self.device)
+
+    @property
+    def num_images(self) -> int:
+        """Images in hand."""
+        return len(self._waiting)
+
+    def add(self, request: ImageRequest) -> int:
+        """Take an image in; returns its ticket.
+
+        Raises:
+            RequestError: the model cannot draw it.
+        """
+        check_request(self.model, request)
+        ticket = self._next_ticket
+        self._next_ticket += 1
+        table = make_plan(self.model.spec, request.sampling).table
+        x_T = normal([_noise_key(request, 0)], self.model.spec.image_shape)[0]
+        self._waiting.append(_Image(ticket, request, table, 0, x_T))
+        return ticket
+
+    def step(self) -> list[tuple[int, np.ndarray]]:
+        """One network call; returns (ticket, (H, W, C) uint8) of the images it finished."""
+        images = self._gather()
+        if not images:
+            return []
+        x = torch.stack([image.x for image in images])  # (n, C, H, W)
+        rows = torch.stack([image.table[image.position] for image in images])  # (n, 6)
+        z = torch.zeros_like(x)
+        for i, image in enumerate(images):
+            if rows[i, C_Z]:
+                z[i] = normal([_noise_key(image.request, image.position + 1)], tuple(x.shape[1:]))[0]
+        x, _ = advance(x, self._eps(images, x, rows[:, T]), z, rows)
+
+        finished = []
+        for image, x_next in zip(images, x, strict=True):
+            image.x = x_next
+            image.position += 1
+            if image.position == len(image.table):
+                finished.append(image)
+        for image in finished:
+            self._waiting.remove(image)
+        if not finished:
+            return []
+        pixels = to_uint8(torch.stack([image.x for image in finished]))
+        return [(image.ticket, p) for image, p in zip(finished, pixels, strict=True)]
+
+    def generate(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[int, np.ndarray]]:
+        """Draw all requests; yields (position in `requests`, (H, W, C) uint8) as images finish."""
+        position = {self.add(request): i for i, request in enumerate(requests)}
+        while self.num_images:
+            for ticket, pixels in self.step():
+                yield position[ticket], pixels
+
+    def _gather(self) -> list[_Image]:
+        """The images of the next call: the oldest whose rows fit."""
+        images, free = [], self.rows
+        for image in self._waiting:
+            if image.rows <= free:
+                images.append(image)
+                free -= image.rows
+            if not free:
+                break
+        return images
+
+    def _eps(self, images: list[_Image], x: Tensor, t: Tensor) -> Tensor:
+        """ε of each image, guided where it asks for it, by one call of the network."""
+        null = self.model.spec.num_classes
+        labels = [null if image.request.label is None else image.request.label for image in images]
+        guided = torch.tensor([image.rows == 2 for image in images])
+        num_rows = len(images) + int(guided.sum())
+        padding = self.rows - num_rows if self.mode == "exact" else 0
+        x_rows = torch.cat([x, x[guided], x.new_zeros(padding, *x.shape[1:])])
+        t_rows = torch.cat([t, t[guided], t.new_zeros(padding)])
+        label_rows = torch.tensor(labels + [null] * (num_rows - len(images) + padding))
+
+        with self._threads():
+            eps = self.model.predict_eps(
+                x_rows.to(self.device), t_rows.to(self.device), label_rows.to(self.device)
+            ).cpu()
+        self.num_calls += 1
+        self.num_useful_rows += num_rows
+        eps_label, eps_null = eps[: len(images)], eps[len(images) : num_rows]
+        if guided.any():
+            w = torch.tensor([image.request.sampling.guidance for image in images], dtype=t.dtype)
+            eps_label = eps_label.clone()
+            eps_label[guided] = guided_eps(eps_label[guided], eps_null, w[guided])
+        return eps_label
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        """One thread in exact mode on a CPU: the number of threads changes the last bits."""
+        threads = torch.get_num_threads()
+        if self.mode != "exact" or self.device.type != "cpu" or threads == 1:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def check_request(model: Model, request: ImageRequest) -> None:
+    """Raise RequestError unless `model` can draw `request`."""
+    spec, sampling = model.spec, request.sampling
+    if sampling.steps > spec.diffusion.timesteps:
+        raise RequestError(
+            f"steps={sampling.steps} must be from 1 to the model's {spec.diffusion.timesteps} "
+            "timesteps",
+            "steps",
+        )
+    if request.label is not None and not 0 <= request.label < spec.num_classes:
+        known = f"from 0 to {spec.num_classes - 1}" if spec.num_classes else "none: it has no classes"
+        raise RequestError(f"label={request.label} is not a class of the model, {known}", "label")
+    if request.label is None and spec.num_classes and not spec.has_null_label:
+        raise RequestError(
+            "label is missing: the model was trained with training.label_dropout=0 and draws only "
+            f"images of a class, 0 to {spec.num_classes - 1}",
+            "label",
+        )
+    if sampling.guidance and (request.label is None or not spec.has_null_label):
+        why = (
+            "it needs a label to guide towards"
+            if spec.has_null_label
+            else "the model was trained without label dropout"
+        )
+        raise RequestError(f"guidance={sampling.guidance} cannot be used: {why}; use 0", "guidance")
+
+
+def _noise_key(request: ImageRequest, draw: int) -> int:
+    """Of x_T for draw 0, of the noise after network evaluation `draw` above it."""
+    return key(request.seed, "sample", request.index, draw)
+
+
+class EngineThread:
+    """An engine on a thread of its own; `submit` from any thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._inbox: queue.SimpleQueue[tuple[ImageRequest, Future[np.ndarray]] | None]
+        self._inbox = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: ImageRequest) -> "Future[np.ndarray]":
+        """The (H, W, C) uint8 image of a request, when it is done; cancel it to drop the image."""
+        future: Future[np.ndarray] = Future()
+        self._inbox.put((request, future))
+        return future
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        futures: dict[int, Future[np.ndarray]] = {}
+        while True:
+            # wait for work only when there is none in hand
+            while not futures or not self._inbox.empty():
+                message = self._inbox.get()
+                if message is None:
+                    return
+                request, future = message
+                if not future.set_running_or_notify_cancel():
+                    continue
+                try:
+                    futures[self.engine.add(request)] = future
+                except Exception as error:
+                    future.set_exception(error)
+            for ticket, pixels in self.engine.step():
+                futures.pop(ticket).set_result(pixels)

@@ -1,0 +1,67 @@
+"""An image is its recipe: what is written into every PNG, and read back to make it again."""
+
+import io
+import platform
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import BaseModel, ValidationError
+
+from pipeline.data.images import png
+from pipeline.errors import DataError
+from pipeline.samplers.plan import SamplingConfig
+from pipeline.serving.engine import EXACT_ROWS, ImageRequest, Mode
+
+PNG_KEY = "ddpm"
+
+
+class Recipe(BaseModel, frozen=True, extra="forbid"):
+    """All that the pixels of an image are a function of."""
+
+    model: str
+    """Where the model was found, e.g. `digits@7`; the digest says which it is."""
+    model_digest: str
+    seed: int
+    index: int
+    label: int | None
+    sampling: SamplingConfig
+    mode: Mode = "exact"
+    rows: int = EXACT_ROWS
+    made_with: dict[str, str] = {}
+    """Software and processor. On others the pixels may differ in the last bit of a value."""
+
+    def request(self) -> ImageRequest:
+        return ImageRequest(self.seed, self.index, self.label, self.sampling)
+
+
+def fingerprint(device: str = "cpu") -> dict[str, str]:
+    """What, beside the recipe, decides how a float is rounded."""
+    return {"torch": torch.__version__, "machine": platform.machine(), "device": device}
+
+
+def encode(pixels: np.ndarray, recipe: Recipe) -> bytes:
+    """(H, W, C) uint8 as a PNG that carries its recipe."""
+    return png(pixels, {PNG_KEY: recipe.model_dump_json()})
+
+
+def decode(data: bytes, name: str) -> tuple[np.ndarray, Recipe]:
+    """The pixels and the recipe of a PNG made by `encode`.
+
+    Raises:
+        DataError: it is not a PNG, or carries no recipe.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        text = image.info.get(PNG_KEY)
+    except Exception as error:  # Pillow raises a dozen types on damaged files
+        raise DataError(f"{name} is not an image that can be read") from error
+    if text is None:
+        raise DataError(f"{name} carries no recipe: it was not made by ddpm, or was saved anew since")
+    try:
+        recipe = Recipe.model_validate_json(text)
+    except ValidationError as error:
+        raise DataError(f"the recipe in {name} cannot be read: {error.errors()[0]['msg']}") from error
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels, recipe

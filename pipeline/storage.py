@@ -1,0 +1,261 @@
+"""Files at any fsspec URI, written so that each is either absent or whole.
+
+An output of a stage is a folder `<storage>/<stage>/<id>/` whose `manifest.json` is written last: it
+names every file with its size and sha256, and its existence means that the output is complete.
+
+Locally a file is written beside its place and renamed; object stores make a put visible at once.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import BaseModel
+
+from pipeline.errors import StorageError
+
+MANIFEST = "manifest.json"
+
+
+class FileEntry(BaseModel):
+    """One file of a stage's output, its path relative to the output's folder."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a stage made, from what; `manifest.json` of its output."""
+
+    format: int
+    stage: str
+    id: str
+    inputs: dict[str, str]
+    """The ids of the outputs of other stages that went in, by stage."""
+    config: dict[str, Any]
+    """The sections of the configuration that the stage reads."""
+    files: list[FileEntry]
+    stats: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    created_at: str = ""
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest(value: Any) -> str:
+    """A short stable name for a JSON-able value: 16 hex digits of its sha256."""
+    return sha256(canonical_json(value).encode())[:16]
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces, the same for equal values; NaN is refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def absolute(uri: str) -> str:
+    """The URI with a local path made absolute, since Ray's workers run in folders of their own."""
+    fs, path = _open_fs(uri)
+    return str(path) if isinstance(fs, LocalFileSystem) else uri.rstrip("/")
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def exists(uri: str) -> bool:
+    fs, path = _open_fs(uri)
+    with _explained("read", uri):
+        return bool(fs.exists(path))
+
+
+def list_names(uri: str) -> list[str]:
+    """The names in a folder, sorted; empty if there is no such folder."""
+    fs, path = _open_fs(uri)
+    with _explained("list", uri):
+        fs.invalidate_cache(path)
+        try:
+            entries = fs.ls(path, detail=False)
+        except FileNotFoundError:
+            return []
+    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The content of a file.
+
+    Raises:
+        FileNotFoundError: there is none; callers know what that means and say it.
+        StorageError: it cannot be read.
+    """
+    fs, path = _open_fs(uri)
+    with _explained("read", uri):
+        data: bytes = fs.cat_file(path)
+        return data
+
+
+def write_bytes(uri: str, data: bytes) -> FileEntry:
+    """Write a file in one atomic step; the entry's path is the file's name."""
+    fs, path = _open_fs(uri)
+    with _explained("write to", uri):
+        if isinstance(fs, LocalFileSystem):
+            _write_local(Path(path), data)
+        else:
+            fs.pipe_file(path, data)
+    return FileEntry(path=path.rsplit("/", 1)[-1], bytes=len(data), sha256=sha256(data))
+
+
+def _write_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(uri: str) -> Any:
+    return json.loads(read_bytes(uri))
+
+
+def write_json(uri: str, value: Any) -> FileEntry:
+    return write_bytes(uri, json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode())
+
+
+def remove(uri: str) -> None:
+    """Delete a file, or a folder with all that is in it; nothing happens if there is none."""
+    fs, path = _open_fs(uri)
+    with _explained("delete", uri), contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
+
+
+def local_path(uri: str) -> Path | None:
+    """The path behind a URI of the local file system, None for any other."""
+    fs, path = _open_fs(uri)
+    return Path(path) if isinstance(fs, LocalFileSystem) else None
+
+
+def check_writable(uri: str) -> None:
+    """Raise StorageError, before any work is done, unless files can be written below `uri`."""
+    probe = join(uri, f".probe-{uuid.uuid4().hex[:8]}")
+    write_bytes(probe, b"")
+    remove(probe)
+
+
+def read_manifest(folder: str) -> Manifest | None:
+    """The manifest of a stage's output, None if the output is not complete."""
+    try:
+        return Manifest.model_validate(read_json(join(folder, MANIFEST)))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise StorageError(
+            f"{join(folder, MANIFEST)} is not a manifest ({str(error).splitlines()[0]}): "
+            "delete that folder and run the same command again"
+        ) from error
+
+
+def commit(folder: str, manifest: Manifest) -> Manifest:
+    """Make a stage's output visible: write its manifest, last."""
+    manifest = manifest.model_copy(
+        update={"created_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    )
+    write_json(join(folder, MANIFEST), manifest.model_dump())
+    return manifest
+
+
+@contextlib.contextmanager
+def exclusive(lock: str, waiting: Callable[[str], None] = lambda holder: None) -> Iterator[None]:
+    """Hold a lock file for this process; a second process waits until the first is gone.
+
+    The kernel lets go of the lock when its holder dies, however it dies. Outputs on object stores
+    are not locked: two writers there write the same bytes under the same names.
+
+    Args:
+        lock: URI of the lock file.
+        waiting: called once, with the holder's process id, when there is someone to wait for.
+    """
+    path = local_path(lock)
+    if path is None:
+        yield
+        return
+    import fcntl  # not on Windows, where Ray clusters are not supported either
+
+    with _explained("write to", lock):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 - closed below, after the caller's work
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            waiting(file.read().strip())
+            while True:  # in slices, so that Ctrl-C is heard
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.2)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+    finally:
+        file.close()
+
+
+_fs_lock = threading.Lock()
+
+
+def _open_fs(uri: str) -> tuple[Any, str]:
+    try:
+        with _fs_lock:  # fsspec's registry imports backends lazily
+            fs, path = url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise StorageError(
+            f"storage URI {uri!r} cannot be opened ({error}); known schemes are a local path, s3:// "
+            f"and those of installed fsspec packages ({len(fsspec.available_protocols())} known)"
+        ) from error
+    return fs, path
+
+
+@contextlib.contextmanager
+def _explained(verb: str, uri: str) -> Iterator[None]:
+    """Turn a file system's error into one sentence; FileNotFoundError passes through."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except PermissionError as error:
+        raise StorageError(
+            f"cannot {verb} {uri}: permission denied; choose another place with --set storage=URI, "
+            "or check the folder's rights (for s3:// the AWS_* variables)"
+        ) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageError(
+            f"cannot {verb} {uri}: a part of the path is a file, not a folder; choose another place "
+            "with --set storage=URI"
+        ) from error
+    except OSError as error:
+        import errno
+
+        if error.errno == errno.ENOSPC:
+            raise StorageError(f"cannot {verb} {uri}: the disk is full; free some space and run the "
+                               "same command again, finished work is kept") from error
+        raise StorageError(f"cannot {verb} {uri}: {error.strerror or error}") from error

@@ -1,0 +1,34 @@
+"""Data-parallel ranks with torch alone; who starts the processes is the caller's business."""
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """(0, 1) outside a process group."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def wrap(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network with gradients averaged over the ranks; itself if it is alone."""
+    if rank_and_world_size()[1] == 1:
+        return network
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False)
+
+
+def mean_over_ranks(value: Tensor) -> float:
+    """The mean of a scalar over the ranks; waits for all of them."""
+    value = value.clone()
+    _, world_size = rank_and_world_size()
+    if world_size > 1:
+        distributed.all_reduce(value)
+    return float(value / world_size)
+
+
+def barrier() -> None:
+    if distributed.is_initialized():
+        distributed.barrier()
