@@ -123,19 +123,24 @@ class TrackedRun:
             self._last_step[name] = max((point.step for point in history), default=-1)
         return self._last_step[name]
 
+    def has_image(self, name: str, step: int) -> bool:
+        """Whether the series `name` has an image of that step."""
+        if name not in self._image_steps:
+            with explained(self.uri):
+                entries = self.client.list_artifacts(self.run_id, "images")
+            marks = [entry.path.split("/")[-1].split("%") for entry in entries]
+            self._image_steps[name] = {
+                int(mark[2]) for mark in marks if len(mark) > 2 and mark[0] == name
+            }
+        return step in self._image_steps[name]
+
     def log_image(self, name: str, step: int, png: bytes) -> None:
         """Add an image to the series `name`, once a step."""
-        with explained(self.uri):
-            if name not in self._image_steps:
-                paths = [entry.path for entry in self.client.list_artifacts(self.run_id, "images")]
-                marks = [path.split("/")[-1].split("%") for path in paths]
-                self._image_steps[name] = {
-                    int(mark[2]) for mark in marks if len(mark) > 2 and mark[0] == name
-                }
-            if step not in self._image_steps[name]:
+        if not self.has_image(name, step):
+            with explained(self.uri):
                 image = Image.open(io.BytesIO(png))
                 self.client.log_image(self.run_id, image, key=name, step=step)
-                self._image_steps[name].add(step)
+            self._image_steps[name].add(step)
 
     def log_artifact(self, folder: str, name: str, data: bytes) -> None:
         """Store a file with the run; the same name again replaces it."""

@@ -36,6 +36,10 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid"):
     def image_shape(self) -> tuple[int, int, int]:
         return self.channels, self.image_size, self.image_size
 
+    def admissible(self, sampling: SamplingConfig) -> SamplingConfig:
+        """`sampling` without guidance where the model has no ε(∅) to guide with."""
+        return sampling if self.has_null_label else sampling.model_copy(update={"guidance": 0.0})
+
     def make_network(self) -> UNet:
         return UNet(self.network, self.channels, self.image_size, self.num_classes)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from pipeline.data.images import to_uint8
 from pipeline.diffusion.gaussian import guided_eps
 from pipeline.errors import RequestError
-from pipeline.samplers.model import Model, make_plan
+from pipeline.samplers.model import Model, ModelSpec, make_plan
 from pipeline.samplers.plan import C_Z, SamplingConfig, T, advance
 from pipeline.seeding import key, normal
 
@@ -98,7 +98,7 @@ class Engine:
         Raises:
             RequestError: the model cannot draw it.
         """
-        check_request(self.model, request)
+        check_request(self.model.spec, request)
         ticket = self._next_ticket
         self._next_ticket += 1
         table = make_plan(self.model.spec, request.sampling).table
@@ -188,9 +188,9 @@ class Engine:
             torch.set_num_threads(threads)
 
 
-def check_request(model: Model, request: ImageRequest) -> None:
-    """Raise RequestError unless `model` can draw `request`."""
-    spec, sampling = model.spec, request.sampling
+def check_request(spec: ModelSpec, request: ImageRequest) -> None:
+    """Raise RequestError unless a model of that spec can draw `request`."""
+    sampling = request.sampling
     if sampling.steps > spec.diffusion.timesteps:
         raise RequestError(
             f"steps={sampling.steps} must be from 1 to the model's {spec.diffusion.timesteps} "

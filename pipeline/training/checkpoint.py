@@ -72,24 +72,39 @@ def complete_checkpoints(folder: str) -> list[CheckpointInfo]:
     return found
 
 
-def load_latest(folder: str, state: TrainState) -> CheckpointInfo | None:
-    """Put the newest sound checkpoint below `folder` into `state`; None if there is none.
-
-    A checkpoint whose files do not match their hashes is passed over for the one before it.
-    """
+def latest_sound(folder: str) -> CheckpointInfo | None:
+    """The newest checkpoint whose files all match their hashes; None if there is none."""
     for info in reversed(complete_checkpoints(folder)):
         try:
-            model = read_tensors(info, "model.safetensors")
-            ema = read_tensors(info, "ema.safetensors")
-            optimizer = read_tensors(info, "optimizer.safetensors")
+            for name in info.state["files"]:
+                read_tensors(info, name)
         except (CorruptArtifact, FileNotFoundError):
-            continue
-        state.network.load_state_dict(model)
-        state.ema.load(ema)
-        _load_optimizer_tensors(state.network, state.optimizer, optimizer)
-        state.step = info.step
+            continue  # damaged: the one before it will do
         return info
     return None
+
+
+def read(folder: str, step: int) -> CheckpointInfo:
+    """The checkpoint of a step.
+
+    Raises:
+        FileNotFoundError: it is not there, or not complete.
+    """
+    uri = storage.join(folder, checkpoint_name(step))
+    return CheckpointInfo(uri, storage.read_json(storage.join(uri, STATE)))
+
+
+def load(info: CheckpointInfo, state: TrainState) -> None:
+    """Put a checkpoint into `state`.
+
+    Raises:
+        CorruptArtifact: a file does not match its hash.
+    """
+    state.network.load_state_dict(read_tensors(info, "model.safetensors"))
+    state.ema.load(read_tensors(info, "ema.safetensors"))
+    optimizer = read_tensors(info, "optimizer.safetensors")
+    _load_optimizer_tensors(state.network, state.optimizer, optimizer)
+    state.step = info.step
 
 
 def read_tensors(info: CheckpointInfo, name: str) -> dict[str, Tensor]:

@@ -29,6 +29,15 @@ def mean_over_ranks(value: Tensor) -> float:
     return float(value / world_size)
 
 
+def from_rank_zero(value: int, device: torch.device) -> int:
+    """Rank 0's value on every rank; waits for all of them."""
+    tensor = torch.tensor(value, dtype=torch.int64, device=device)
+    if rank_and_world_size()[1] > 1:
+        distributed.broadcast(tensor, src=0)
+    return int(tensor)
+
+
 def barrier() -> None:
+    """Wait for all ranks."""
     if distributed.is_initialized():
         distributed.barrier()

@@ -1,0 +1,460 @@
+"""The command line, `ddpm`. Exit codes: 0 done, 2 the user's mistake, 1 anything else, 130 Ctrl-C."""
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline import storage
+from pipeline.errors import (
+    ConfigError,
+    CorruptArtifact,
+    DataError,
+    PipelineError,
+    RequestError,
+    UserError,
+)
+from tasks.console import Board, console, duration
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+    from tasks.workflow import Plan
+
+app = typer.Typer(
+    help="Images in, a served diffusion model out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArg = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+ModelArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="NAME@ALIAS or NAME@VERSION, as in digits@champion.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value, as in training.lr=3e-4."),
+]
+
+
+# --- pipeline -----------------------------------------------------------------------------------
+
+
+@app.command()
+def run(config: ConfigArg, set_: SetOption = None) -> None:
+    """Run every stage that has not been run: preprocess, train, evaluate, register, sample."""
+    _run_stages(config, set_, "sample")
+
+
+@app.command()
+def preprocess(config: ConfigArg, set_: SetOption = None) -> None:
+    """Turn the source of images into Parquet shards."""
+    _run_stages(config, set_, "preprocess")
+
+
+@app.command()
+def train(config: ConfigArg, set_: SetOption = None) -> None:
+    """Train the network, and what that needs."""
+    _run_stages(config, set_, "train")
+
+
+@app.command()
+def evaluate(config: ConfigArg, set_: SetOption = None) -> None:
+    """Score the trained network, and what that needs."""
+    _run_stages(config, set_, "evaluate")
+
+
+@app.command()
+def register(config: ConfigArg, set_: SetOption = None) -> None:
+    """Register the trained network in MLflow, and what that needs."""
+    _run_stages(config, set_, "register")
+
+
+@app.command()
+def status(config: ConfigArg, set_: SetOption = None) -> None:
+    """Say which stages are done and where their outputs are."""
+    table = Table("stage", "state", "output", box=None, pad_edge=False)
+    for stage in _plan(*_load(config, set_)).stages:
+        table.add_row(stage.spec.name, "done" if stage.done else "to do", escape(stage.folder))
+    console.print(table)
+
+
+@app.command()
+def explain(config: ConfigArg, set_: SetOption = None) -> None:
+    """Say for each stage why it would or would not run."""
+    _print_plan(_plan(*_load(config, set_)))
+
+
+@app.command("config")
+def show_config(config: ConfigArg, set_: SetOption = None) -> None:
+    """Print the configuration with all defaults filled in."""
+    resolved, _ = _load(config, set_)
+    print(yaml.safe_dump(resolved.model_dump(), sort_keys=False), end="")
+
+
+def _run_stages(config_path: str, overrides: list[str] | None, target: str) -> None:
+    config, tracking_uri = _load(config_path, overrides)
+    storage.check_writable(config.storage)
+    log = _log_to_file(config.storage)
+    plan = _plan(config, tracking_uri, target)
+    _print_plan(plan)
+
+    from tasks import cluster, workflow
+
+    if all(stage.done for stage in plan.stages):
+        results = [workflow.StageResult(stage.spec.name, "cached", 0.0) for stage in plan.stages]
+    else:
+        with cluster.connect(config.cluster) as ray_logs:
+            _treat_sigterm_as_ctrl_c()
+            logging.info("the logs of Ray are in %s", ray_logs)
+            with Board() as board:
+                results = workflow.run(plan, board)
+
+    console.print()
+    table = Table("stage", "", "time", box=None, pad_edge=False)
+    for result in results:
+        table.add_row(result.name, result.outcome, duration(result.seconds) if result.seconds else "")
+    console.print(table)
+    _print_where_to_look(plan, target, log)
+
+
+def _print_plan(plan: "Plan") -> None:
+    for stage in plan.stages:
+        state = "cached  " if stage.done else "will run"
+        console.print(f"{stage.spec.name:<11}{state}  {escape(stage.reason)}")
+
+
+def _print_where_to_look(plan: "Plan", target: str, log: Path) -> None:
+    console.print()
+    places = {
+        "preprocess": ("shards", ""),
+        "evaluate": ("scores", "metrics.json"),
+        "sample": ("samples", "grid.png"),
+    }
+    for stage, (what, name) in places.items():
+        if any(planned.spec.name == stage for planned in plan.stages):
+            parts = [name] if name else []
+            console.print(f"{what:<9}{_shown(storage.join(plan.folder(stage), *parts))}")
+    if target != "preprocess":
+        console.print(f"MLflow   {_command('mlflow')} ui --backend-store-uri {_shown_uri(plan.tracking_uri)}")
+    if target == "sample":
+        model = f"{plan.config.name}@{plan.config.registry.alias}"
+        console.print(f"serve    {_command('ddpm')} serve {model}")
+    console.print(f"log      {_shown(str(log))}")
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+@app.command()
+def sample(
+    model: ModelArg,
+    n: Annotated[int, typer.Option("-n", help="Number of images.")] = 16,
+    seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
+    sampler: Annotated[str, typer.Option(help="ancestral or ddim.")] = "ddim",
+    steps: Annotated[int, typer.Option(help="Network evaluations an image.")] = 50,
+    label: Annotated[int | None, typer.Option(help="Class to draw; none by default.")] = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance weight w.")] = 0.0,
+    eta: Annotated[float, typer.Option(help="DDIM's η.")] = 0.0,
+    mode: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
+    out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("samples"),
+) -> None:
+    """Draw images from a registered model: DIR/0000.png ... and DIR/grid.png."""
+    from pipeline.config import ClusterConfig
+    from pipeline.registry.models import load_model, resolve
+    from pipeline.serving.engine import ImageRequest, check_request
+    from tasks import cluster
+    from tasks import sample as stage
+
+    if not 1 <= n <= 100_000:
+        raise RequestError(f"-n {n} must be from 1 to 100000", "n")
+    if not 0 <= seed < 2**63:
+        raise RequestError(f"--seed {seed} must be from 0 to 2**63-1", "seed")
+    if mode not in ("exact", "fast"):
+        raise RequestError(f"--mode {mode} must be exact or fast", "mode")
+    sampling = _sampling(sampler=sampler, steps=steps, guidance=guidance, eta=eta)
+    reference = resolve(model, _tracking_uri(None))
+    spec = load_model(reference.uri, reference.tracking_uri).spec
+    requests = [ImageRequest(seed, i, label, sampling) for i in range(n)]
+    check_request(spec, requests[0])
+    folder = str(out.absolute())
+    storage.check_writable(folder)
+    _log_to_file(tempfile.gettempdir())
+    with cluster.connect(ClusterConfig()), Board() as board:
+        bar = board.add("sample")
+        bar.start(n, "samples")
+        columns = max(1, round(n**0.5))
+        stage.draw_to_folder(
+            reference,
+            requests,
+            folder,
+            columns,
+            mode=mode,  # type: ignore[arg-type]  # checked above
+            on_done=bar.update,
+        )
+        bar.close(f"{n} images in {_shown(folder)}")
+
+
+@app.command()
+def reproduce(
+    file: Annotated[Path, typer.Argument(help="A PNG made by ddpm.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the image drawn again.")] = None,
+) -> None:
+    """Draw an image again from the recipe in its PNG, and compare the pixels."""
+    import numpy as np
+
+    from pipeline.registry.models import parse_reference, resolve
+    from pipeline.serving.recipe import decode, encode, fingerprint
+    from tasks.sample import redraw
+
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+    pixels, recipe = decode(data, str(file))
+    parse_reference(recipe.model)
+    reference = resolve(recipe.model, _tracking_uri(None))
+    if reference.digest != recipe.model_digest:
+        raise UserError(
+            f"{recipe.model} is not the model that made {file}: its digest is {reference.digest}, the "
+            f"recipe says {recipe.model_digest}"
+        )
+    again = redraw(recipe, reference)
+    if out is not None:
+        storage.write_bytes(str(out.absolute()), encode(again, recipe))
+    if np.array_equal(pixels, again):
+        console.print(f"{file}: the same {again.shape[0]}x{again.shape[1]} pixels again, bit for bit")
+        return
+    differing = int((pixels != again).any(axis=-1).sum()) if pixels.shape == again.shape else -1
+    made = ", ".join(f"{name} {value}" for name, value in recipe.made_with.items())
+    here = ", ".join(f"{name} {value}" for name, value in fingerprint().items())
+    raise PipelineError(
+        f"{file}: {differing} pixels differ; it was made in {recipe.mode} mode with {made}, this is {here}"
+    )
+
+
+@app.command()
+def serve(
+    model: ModelArg,
+    replicas: Annotated[int, typer.Option(help="Copies of the model.")] = 1,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve a registered model over HTTP until Ctrl-C."""
+    from pipeline.config import ClusterConfig
+    from pipeline.registry.models import resolve
+    from pipeline.serving.api import ServingConfig
+    from tasks import cluster
+
+    if replicas < 1:
+        raise ConfigError(f"--replicas {replicas} must be 1 or more")
+    cluster.check_port_is_free(host, port)
+    reference = resolve(model, _tracking_uri(None))
+    log = _log_to_file(tempfile.gettempdir())
+    with cluster.connect(ClusterConfig(), num_cpus=replicas):
+        from tasks import serve as application
+
+        console.print(f"loading {reference} on {replicas} replica{'s' * (replicas > 1)} ...")
+        application.start(reference, ServingConfig(replicas=replicas), host, port)
+        _treat_sigterm_as_ctrl_c()
+        url = f"http://{host}:{port}"
+        console.print(f"serving {reference} at {url}/v1/images/generations, Ctrl-C ends it; try")
+        console.print(
+            f"  curl -s {url}/v1/images/generations -H 'Content-Type: application/json' "
+            """-d '{"n": 4, "seed": 1}'"""
+        )
+        console.print(f"log      {_shown(str(log))}")
+        application.wait_until_interrupted()
+
+
+@app.command()
+def promote(
+    model: Annotated[str, typer.Argument(metavar="MODEL@VERSION")],
+    alias: Annotated[str, typer.Option(help="The alias to move.")] = "champion",
+) -> None:
+    """Point the alias `champion` at a version."""
+    from pipeline.registry.models import RegistryConfig, resolve, set_alias
+
+    checked = _validated(RegistryConfig, "--alias", alias=alias).alias
+    reference = resolve(model, _tracking_uri(None))
+    set_alias(reference, checked)
+    console.print(f"{reference.name}@{checked} is now version {reference.version}")
+
+
+# --- cluster ------------------------------------------------------------------------------------
+
+
+@app.command()
+def submit(
+    config: ConfigArg,
+    address: Annotated[str, typer.Option(help="The head's job server, http://HEAD:8265.")],
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the job and return its code.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Run a config as a job on a Ray cluster; the working folder is sent along."""
+    from tasks import submit as jobs
+
+    _load(config, set_)  # a mistake is better found here than on the cluster
+    if Path(config).is_absolute():
+        raise ConfigError(f"{config} must be a path within this folder, which is sent to the cluster")
+    job, follow = jobs.submit(address, config, set_ or [], os.getcwd())
+    console.print(f"submitted {job}; follow it with\n  {follow}")
+    if wait:
+        for text in jobs.follow(address, job):
+            print(text, end="", flush=True)
+        raise typer.Exit(jobs.exit_code(address, job))
+
+
+# --- helpers ------------------------------------------------------------------------------------
+
+
+def _load(path: str, overrides: list[str] | None) -> tuple["RunConfig", str]:
+    """The config with absolute places, and the tracking URI."""
+    from pipeline.config import load_config
+
+    config = load_config(path, overrides)
+    source = config.data.source
+    if not source.startswith("builtin:"):
+        source = storage.absolute(source)
+    config = config.model_copy(
+        update={
+            "storage": storage.absolute(config.storage),
+            "data": config.data.model_copy(update={"source": source}),
+        }
+    )
+    return config, _tracking_uri(config.tracking.uri)
+
+
+def _tracking_uri(configured: str | None) -> str:
+    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    prefix = "sqlite:///"
+    if uri.startswith(prefix):  # Ray's workers run in folders of their own
+        return prefix + str(Path(uri.removeprefix(prefix)).absolute())
+    return uri
+
+
+def _plan(config: "RunConfig", tracking_uri: str, target: str = "sample") -> "Plan":
+    from tasks import workflow
+
+    return workflow.plan(config, tracking_uri, target)
+
+
+def _sampling(**values: Any) -> Any:
+    from pipeline.samplers.plan import SamplingConfig
+
+    return _validated(SamplingConfig, "--", **values)
+
+
+def _validated(model: Any, prefix: str, **values: Any) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(map(str, problem["loc"]))
+        message = problem["msg"].removeprefix("Value error, ")
+        shown = f"{prefix}{name} {problem['input']}: " if name and prefix == "--" else ""
+        raise RequestError(shown + message[0].lower() + message[1:], name) from error
+
+
+def _log_to_file(storage_uri: str) -> Path:
+    """Send what frameworks log and warn of to a file, so that the terminal stays readable."""
+    folder = storage.local_path(storage_uri) or Path(tempfile.gettempdir())
+    folder = folder / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"ddpm-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    handler = logging.FileHandler(path, delay=False)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    return path
+
+
+def _treat_sigterm_as_ctrl_c() -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _command(name: str) -> str:
+    """How to call a program of this environment from the shell that called us."""
+    beside = Path(sys.executable).parent / name
+    on_path = shutil.which(name)
+    if on_path is not None and Path(on_path).resolve() == beside.resolve():
+        return name
+    return _shown(str(beside))
+
+
+def _shown(path: str) -> str:
+    """A path relative to the working folder where that is shorter."""
+    if storage.local_path(path) is None:
+        return path
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
+
+
+def _shown_uri(uri: str) -> str:
+    prefix = "sqlite:///"
+    return prefix + _shown(uri.removeprefix(prefix)) if uri.startswith(prefix) else uri
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The error that a Ray task raised, out of Ray's wrapping."""
+    cause = getattr(error, "cause", None)
+    return _root_cause(cause) if isinstance(cause, BaseException) else error
+
+
+def main(command: Callable[..., Any] = app) -> None:
+    """Run a command and turn what it raises into one sentence and an exit code."""
+    try:
+        command(standalone_mode=True)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from what is finished")
+        code = 130
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        cause = _root_cause(error)
+        logging.getLogger("ddpm").debug("failed", exc_info=error)
+        if isinstance(cause, UserError):
+            typer.echo(f"error: {cause}", err=True)
+            code = 2
+        elif isinstance(cause, PipelineError | CorruptArtifact):
+            typer.echo(f"error: {cause}", err=True)
+            code = 1
+        else:
+            logging.getLogger("ddpm").error("failed", exc_info=error)
+            where = next(
+                (h.baseFilename for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)),
+                None,
+            )
+            first = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
+            typer.echo(f"error: {type(cause).__name__}: {first}", err=True)
+            typer.echo(f"the whole story is in {where}" if where else repr(error), err=True)
+            code = 1
+    else:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # threads of stages may still wait for a Ray that is gone; nothing of theirs is worth keeping
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

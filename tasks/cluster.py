@@ -1,0 +1,96 @@
+"""Ray: join a cluster, or start one on this machine; and what a worker process finds there."""
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+import torch
+
+from pipeline.config import ClusterConfig
+from pipeline.errors import ClusterError
+
+
+def default_address(config: ClusterConfig) -> str | None:
+    """The address of the cluster to join; None to start a local one."""
+    return config.address or os.environ.get("RAY_ADDRESS") or None
+
+
+@contextlib.contextmanager
+def connect(config: ClusterConfig, num_cpus: int | None = None) -> Iterator[str]:
+    """Ray for the time of a command; yields where its logs are.
+
+    A local Ray has a CPU more than the training workers take, so that small tasks (the judge of the
+    samples) run beside them. Its processes end with this one, however it ends, because the kernel
+    kills the children of the thread that started them; so this belongs on the main thread.
+
+    Args:
+        num_cpus: the CPUs that the command needs at once, for a local Ray.
+
+    Raises:
+        ClusterError: the cluster cannot be joined, or lacks the GPUs asked for.
+    """
+    # libgomp's threads spin at barriers: with more of them than cores a step takes 20 times as long
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    address = default_address(config)
+    try:
+        if address is None:
+            needed = num_cpus or config.workers * config.cpus_per_worker
+            context = ray.init(
+                address="local",
+                num_cpus=max(len(os.sched_getaffinity(0)), needed) + 1,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            context = ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": environment},
+            )
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        where = "a local Ray" if address is None else f"the Ray cluster at {address}"
+        raise ClusterError(
+            f"cannot {'start' if address is None else 'join'} {where}: {str(error).splitlines()[0]}; "
+            "check cluster.address, RAY_ADDRESS and that the head is up"
+        ) from error
+    try:
+        gpus = ray.cluster_resources().get("GPU", 0)
+        if config.workers * config.gpus_per_worker > gpus:
+            raise ClusterError(
+                f"cluster.workers={config.workers} with cluster.gpus_per_worker="
+                f"{config.gpus_per_worker} needs {config.workers * config.gpus_per_worker} GPUs, but "
+                f"Ray has {gpus:g}: set cluster.gpus_per_worker=0 to train on CPUs"
+            )
+        yield os.path.join(str(context.address_info["session_dir"]), "logs")
+    finally:
+        ray.shutdown()
+
+
+def worker_device() -> torch.device:
+    """The GPU that Ray gave this task or actor, else the CPU."""
+    import ray
+
+    return torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
+
+
+def check_port_is_free(host: str, port: int) -> None:
+    """Raise ClusterError unless a server can listen there."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ClusterError(
+                f"cannot listen on {host}:{port} ({error.strerror}): choose another port with --port, "
+                "or end the process that holds it"
+            ) from error
+        except OverflowError as error:
+            raise ClusterError(f"--port {port} must be from 0 to 65535") from error

@@ -1,0 +1,139 @@
+"""Evaluate: a checkpoint to scores, with n, sampler, steps, guidance and weights stated beside them."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import ray
+
+from pipeline import storage
+from pipeline.data.images import grid
+from pipeline.data.shards import read_split
+from pipeline.evaluation.features import TrainedClassifier, from_files
+from pipeline.evaluation.metrics import class_accuracy, holdout_loss
+from pipeline.registry.models import load_model
+from pipeline.samplers.model import ModelSpec
+from pipeline.seeding import key
+from pipeline.serving.engine import ImageRequest
+from pipeline.training.checkpoint import checkpoint_name
+from tasks.fanout import draw_on_cluster
+from tasks.stage import Outcome, StageContext
+
+GRID_COLUMNS = 10
+
+
+def checkpoint_uri(train_folder: str) -> str:
+    """The final checkpoint of a finished training."""
+    manifest = storage.read_manifest(train_folder)
+    assert manifest is not None
+    return storage.join(train_folder, checkpoint_name(manifest.stats["step"]))
+
+
+def measure_holdout(uri: str, shard_set: str, seed: int) -> tuple[float, float, int]:
+    """The loss of a checkpoint on held-out images, its standard error, and their number."""
+    images = read_split(shard_set, "holdout")
+    loss, error = holdout_loss(load_model(uri), images, seed)
+    return loss, error, len(images)
+
+
+def run(ctx: StageContext) -> Outcome:
+    """Draw samples of every class in turn and judge them; write metrics.json and grid.png."""
+    config = ctx.config
+    uri = checkpoint_uri(ctx.inputs["train"])
+    spec = ModelSpec.model_validate(storage.read_json(storage.join(uri, "state.json"))["spec"])
+    n, num_classes = config.evaluation.samples, spec.num_classes
+    sampling = spec.admissible(config.sampling)
+    labels = [i % num_classes if num_classes else None for i in range(n)]
+    seed = key(config.seed, "evaluation") >> 1  # within the 63 bits that a request may use
+    requests = [ImageRequest(seed, i, label, sampling) for i, label in enumerate(labels)]
+
+    ctx.progress.start(n, "samples")
+    holdout = ray.remote(num_cpus=1, max_retries=3)(measure_holdout).remote(
+        uri, ctx.inputs["preprocess"], config.seed
+    )
+    pixels = draw_on_cluster(
+        uri, None, requests, "exact", config.cluster.gpus_per_worker, ctx.progress.update
+    )
+    protocol = {
+        "n": n,
+        "weights": "ema",
+        "seed": seed,
+        "sampling": sampling.model_dump(),
+        "network_evaluations": sampling.steps * (2 if sampling.guidance else 1),
+    }
+    metrics: dict[str, Any] = {"protocol": protocol}
+    loss, error, count = ray.get(holdout)
+    if count:
+        metrics["holdout_loss"] = {
+            "value": loss,
+            "standard_error": error if math.isfinite(error) else None,
+            "n": count,
+        }
+    judge = _judge(ctx.inputs["reference"])
+    if judge is not None:
+        metrics["class_accuracy"] = _accuracy(judge, pixels, labels, spec, ctx.inputs["reference"])
+
+    contents = {
+        "metrics.json": json.dumps(metrics, indent=1).encode(),
+        "grid.png": _sheet(pixels, labels),
+    }
+    files = [
+        storage.write_bytes(storage.join(ctx.folder, name), data)
+        for name, data in contents.items()
+    ]
+    _record(ctx, metrics, contents)
+    return Outcome(files, metrics)
+
+
+def _judge(folder: str) -> TrainedClassifier | None:
+    manifest = storage.read_manifest(folder)
+    if manifest is None or not manifest.files:
+        return None
+    names = [entry.path for entry in manifest.files]
+    return from_files({name: storage.read_bytes(storage.join(folder, name)) for name in names})
+
+
+def _accuracy(
+    judge: TrainedClassifier,
+    pixels: np.ndarray,
+    labels: list[int | None],
+    spec: ModelSpec,
+    reference: str,
+) -> dict[str, Any]:
+    wanted = np.array(labels)
+    share, error, predicted = class_accuracy(judge, pixels, wanted)
+    by_class = {
+        name: float((predicted[wanted == i] == i).mean())
+        for i, name in enumerate(spec.class_names)
+        if (wanted == i).any()
+    }
+    ceiling = judge.holdout_accuracy
+    return {
+        "value": share,
+        "standard_error": error,
+        "by_class": by_class,
+        "judge": "a classifier trained on the real training images",
+        "judge_id": reference.rsplit("/", 1)[-1],
+        "judge_accuracy_on_holdout": ceiling if math.isfinite(ceiling) else None,
+        "judge_holdout_n": judge.holdout_n,
+    }
+
+
+def _sheet(pixels: np.ndarray, labels: list[int | None]) -> bytes:
+    """Samples in rows of a class, or just in rows if there are no classes."""
+    if labels[0] is None:
+        return grid(pixels[: GRID_COLUMNS**2], GRID_COLUMNS)
+    rows = {label: np.flatnonzero(np.array(labels) == label) for label in sorted(set(labels))}
+    width = min(GRID_COLUMNS, *(len(row) for row in rows.values()))
+    return grid(pixels[np.concatenate([row[:width] for row in rows.values()])], width)
+
+
+def _record(ctx: StageContext, metrics: dict[str, Any], files: dict[str, bytes]) -> None:
+    """Add the figures and the files to the MLflow run."""
+    run = ctx.tracked_run()
+    if "class_accuracy" in metrics:
+        accuracy = metrics["class_accuracy"]["value"]
+        run.log_history([{"step": ctx.config.training.steps, "class_accuracy": accuracy}])
+    for name, data in files.items():
+        run.log_artifact("evaluation", name, data)

@@ -1,0 +1,83 @@
+"""Sample: images from a registered model, one PNG each with its recipe, and a grid of them.
+
+As a stage it draws the grid that ends `ddpm run`; as a command, what a user asks for.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.data.images import grid
+from pipeline.registry.models import ModelReference, load_model
+from pipeline.seeding import key
+from pipeline.serving.engine import ImageRequest, Mode
+from pipeline.serving.recipe import Recipe, encode, fingerprint
+from pipeline.storage import FileEntry
+from tasks.fanout import draw_on_cluster
+from tasks.stage import Outcome, StageContext
+
+IMAGES_PER_CLASS = 8
+
+
+def draw_to_folder(
+    model: ModelReference,
+    requests: list[ImageRequest],
+    folder: str,
+    columns: int,
+    mode: Mode = "exact",
+    on_done: Callable[[int], None] = lambda n: None,
+    gpus_per_task: int = 0,
+) -> list[FileEntry]:
+    """Draw images on the cluster and write them as 0000.png, ... and grid.png."""
+    pixels = draw_on_cluster(model.uri, model.tracking_uri, requests, mode, gpus_per_task, on_done)
+    device = "cuda" if gpus_per_task else "cpu"
+    files = []
+    for i, (image, request) in enumerate(zip(pixels, requests, strict=True)):
+        recipe = Recipe(
+            model=str(model),
+            model_digest=model.digest,
+            seed=request.seed,
+            index=request.index,
+            label=request.label,
+            sampling=request.sampling,
+            mode=mode,
+            made_with=fingerprint(device),
+        )
+        uri = storage.join(folder, f"{i:04d}.png")
+        files.append(storage.write_bytes(uri, encode(image, recipe)))
+    files.append(storage.write_bytes(storage.join(folder, "grid.png"), grid(pixels, columns)))
+    return files
+
+
+def run(ctx: StageContext, model: ModelReference) -> Outcome:
+    """A grid from the registered model, a row a class."""
+    config = ctx.config
+    spec = load_model(model.uri, model.tracking_uri).spec
+    labels: list[int | None] = [None] * IMAGES_PER_CLASS**2
+    if spec.num_classes:
+        labels = [label for label in range(spec.num_classes) for _ in range(IMAGES_PER_CLASS)]
+    seed = key(config.seed, "grid") >> 1
+    sampling = spec.admissible(config.sampling)
+    requests = [ImageRequest(seed, i, label, sampling) for i, label in enumerate(labels)]
+    ctx.progress.start(len(requests), "samples")
+    files = draw_to_folder(
+        model,
+        requests,
+        ctx.folder,
+        IMAGES_PER_CLASS,
+        on_done=ctx.progress.update,
+        gpus_per_task=config.cluster.gpus_per_worker,
+    )
+    sheet = storage.read_bytes(storage.join(ctx.folder, "grid.png"))
+    ctx.tracked_run().log_artifact("samples", "grid.png", sheet)
+    return Outcome(files, {"model": str(model)})
+
+
+def redraw(recipe: Recipe, model: ModelReference) -> np.ndarray:
+    """The pixels of a recipe, drawn again in this process: (H, W, C) uint8."""
+    from pipeline.serving.engine import Engine
+
+    engine = Engine(load_model(model.uri, model.tracking_uri), recipe.mode, recipe.rows)
+    ((_, pixels),) = engine.generate([recipe.request()])
+    return pixels

@@ -1,0 +1,316 @@
+"""Train: a ShardSet to a checkpoint, data-parallel on Ray Train.
+
+Ray Train starts the workers, joins them in a process group and starts them again when one is lost.
+What survives is ours: checkpoints written to storage by rank 0, found again by their name and their
+hashes, so that it makes no difference whether a worker, the driver or the whole cluster went away.
+
+The workers send what they log to a small actor; the driver takes it from there to the terminal and
+to MLflow, which only the driver writes to.
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipeline import storage
+from pipeline.config import RunConfig as PipelineConfig
+from pipeline.data.batches import Batches
+from pipeline.data.images import grid
+from pipeline.data.shards import read_split
+from pipeline.diffusion.schedules import make_schedule
+from pipeline.errors import TrainingDiverged
+from pipeline.evaluation.metrics import holdout_loss
+from pipeline.registry.models import load_model
+from pipeline.samplers.model import ModelSpec
+from pipeline.samplers.plan import SamplingConfig
+from pipeline.seeding import key
+from pipeline.serving.engine import ImageRequest
+from pipeline.storage import FileEntry
+from pipeline.training import checkpoint, parallel
+from pipeline.training.loop import make_state, train
+from tasks.fanout import draw
+from tasks.stage import Outcome, StageContext
+
+PREVIEW_STEPS = 25
+PREVIEW_IMAGES_PER_CLASS = 4
+
+
+def model_spec(config: PipelineConfig, class_names: list[str]) -> ModelSpec:
+    """The model that a config trains on images of these classes."""
+    return ModelSpec(
+        network=config.network,
+        diffusion=config.diffusion,
+        channels=config.data.channels,
+        image_size=config.data.image_size,
+        class_names=class_names,
+        has_null_label=bool(class_names) and config.training.label_dropout > 0,
+    )
+
+
+@ray.remote(num_cpus=0)
+class Reporter:
+    """What the workers have to say, kept until the driver asks."""
+
+    def __init__(self) -> None:
+        self._records: list[dict[str, Any]] = []
+
+    def push(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+
+    def take(self) -> list[dict[str, Any]]:
+        records, self._records = self._records, []
+        return records
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training worker is told."""
+
+    config: PipelineConfig
+    folder: str
+    shard_set: str
+    class_names: list[str]
+    reporter: Any
+
+
+def train_worker(job: dict[str, Job]) -> None:
+    """The life of one rank: load, resume, train, log, checkpoint."""
+    _train_rank(job["job"])
+
+
+def _train_rank(job: Job) -> None:
+    config, training = job.config, job.config.training
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(config.cluster.cpus_per_worker)
+    rank, world_size = parallel.rank_and_world_size()
+
+    spec = model_spec(config, job.class_names)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(config.seed, "init"))
+        network = spec.make_network().to(device)
+    state = make_state(network, training)
+    found = checkpoint.latest_sound(job.folder) if rank == 0 else None
+    # rank 0 decides: a checkpoint may appear or go while the others look
+    step = parallel.from_rank_zero(found.step if found else 0, device)
+    history: list[dict[str, float]] = []
+    if step:
+        info = found or checkpoint.read(job.folder, step)
+        checkpoint.load(info, state)
+        history = info.history
+    if rank == 0:
+        job.reporter.push.remote({"resumed_at": step, "history": history})
+
+    images = read_split(job.shard_set, "train")
+    batches = Batches(images, training.batch_size, config.seed, rank, world_size)
+    forward = parallel.wrap(network, device)
+    losses: list[torch.Tensor] = []
+    since = time.monotonic()
+    for record in train(
+        state,
+        forward,
+        batches,
+        make_schedule(config.diffusion),
+        training,
+        spec.num_classes,
+        config.seed,
+        device,
+    ):
+        losses.append(record.loss)
+        last = record.step == training.steps
+        if record.step % training.log_every == 0 or last:
+            loss = parallel.mean_over_ranks(torch.stack(losses).mean())
+            if not math.isfinite(loss):  # the same on all ranks; nothing of it is saved
+                job.reporter.push.remote({"diverged_at": record.step})
+                return
+            seconds, since = time.monotonic() - since, time.monotonic()
+            history.append(
+                {
+                    "step": record.step,
+                    "loss": loss,
+                    "lr": record.lr,
+                    "images_per_second": len(losses) * training.batch_size / seconds,
+                }
+            )
+            losses.clear()
+            if rank == 0:
+                job.reporter.push.remote({"history": history[-1:]})
+        if record.step % training.checkpoint_every == 0 or last:
+            if rank == 0:
+                saved = checkpoint.save(job.folder, state, spec.model_dump(), history)
+                checkpoint.prune(job.folder, training.keep_checkpoints)
+                job.reporter.push.remote({"checkpoint": saved.uri, "step": saved.step})
+            parallel.barrier()
+
+
+def preview(uri: str, shard_set: str, guidance: float, seed: int) -> tuple[bytes, float]:
+    """A grid of samples from a checkpoint's EMA weights, and their loss on held-out images."""
+    torch.set_num_threads(1)  # beside the training workers
+    model = load_model(uri)
+    num_classes = model.spec.num_classes
+    steps = min(PREVIEW_STEPS, model.schedule.timesteps)
+    sampling = model.spec.admissible(SamplingConfig(steps=steps, guidance=guidance))
+    labels: list[int | None] = [None] * 16
+    if num_classes:
+        labels = [c for c in range(min(num_classes, 10)) for _ in range(PREVIEW_IMAGES_PER_CLASS)]
+    requests = [
+        ImageRequest(key(seed, "preview") >> 1, i, label, sampling) for i, label in enumerate(labels)
+    ]
+    pixels = draw(uri, None, requests, "exact")
+    columns = PREVIEW_IMAGES_PER_CLASS * 2 if num_classes else 4
+    loss, _ = holdout_loss(model, read_split(shard_set, "holdout"), seed)
+    return grid(pixels, columns), loss
+
+
+class Previews:
+    """Previews of checkpoints as they appear, one at a time, outside the training ranks."""
+
+    def __init__(self, ctx: StageContext) -> None:
+        self.ctx = ctx
+        self._waiting: deque[tuple[int, str]] = deque()
+        self._running: tuple[int, Any] | None = None
+        self._task = ray.remote(num_cpus=0, max_retries=1)(preview)
+
+    def add(self, step: int, uri: str) -> None:
+        if not self.ctx.tracked_run().has_image("samples", step):
+            self._waiting.append((step, uri))
+
+    def poll(self, wait: bool = False) -> None:
+        """Log what is done and start what is next; with `wait`, until there is no more."""
+        while self._running or self._waiting:
+            if self._running is None:
+                step, uri = self._waiting.popleft()
+                config = self.ctx.config
+                result = self._task.remote(
+                    uri, self.ctx.inputs["preprocess"], config.sampling.guidance, config.seed
+                )
+                self._running = (step, result)
+            step, result = self._running
+            if not ray.wait([result], timeout=None if wait else 0)[0]:
+                return
+            self._running = None
+            try:
+                png, loss = ray.get(result)
+            except ray.exceptions.RayTaskError:
+                continue  # its checkpoint was pruned before it was read: a preview less
+            run = self.ctx.tracked_run()
+            run.log_image("samples", step, png)
+            if math.isfinite(loss):
+                run.log_history([{"step": step, "holdout_loss": loss}])
+
+
+def run(ctx: StageContext) -> Outcome:
+    """Train to config.training.steps, from the last checkpoint if there is one.
+
+    Raises:
+        TrainingDiverged: the loss is not finite.
+    """
+    config = ctx.config
+    shards = storage.read_manifest(ctx.inputs["preprocess"])
+    assert shards is not None
+    tracked = ctx.tracked_run()
+    tracked.log_dataset(
+        config.name,
+        shards.id,
+        ctx.inputs["preprocess"],
+        {name: shards.stats[name] for name in ("num_images", "image_shape", "source_sha256")},
+    )
+    ctx.progress.start(config.training.steps, "steps")
+    reporter = Reporter.remote()
+    job = Job(config, ctx.folder, ctx.inputs["preprocess"], shards.stats["class_names"], reporter)
+    cluster = config.cluster
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(timeout_s=300),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": cluster.cpus_per_worker,
+                **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=ctx.folder,
+            failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=3),
+        ),
+    )
+    previews = Previews(ctx)
+    for info in checkpoint.complete_checkpoints(ctx.folder):
+        previews.add(info.step, info.uri)
+
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # handed to the thread that waits below
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    diverged_at = None
+    while True:
+        alive = thread.is_alive()
+        for record in ray.get(reporter.take.remote()):
+            diverged_at = record.get("diverged_at", diverged_at)
+            _log(ctx, record)
+            if "checkpoint" in record:
+                previews.add(record["step"], record["checkpoint"])
+        previews.poll()
+        if not alive:
+            break
+        thread.join(timeout=0.5)
+    if failure:
+        raise failure[0]
+    if diverged_at is not None:
+        raise TrainingDiverged(
+            f"the training loss is not finite at step {diverged_at}; the checkpoints before it are "
+            "kept: try a lower training.lr, more training.warmup_steps or a lower training.grad_clip"
+        )
+    ctx.progress.update(config.training.steps, "previews")
+    previews.poll(wait=True)
+    storage.remove(storage.join(ctx.folder, "ray"))
+    return _outcome(ctx)
+
+
+def _log(ctx: StageContext, record: dict[str, Any]) -> None:
+    history = record.get("history", [])
+    if "resumed_at" in record:
+        ctx.progress.start(ctx.config.training.steps, "steps", record["resumed_at"])
+    if history:
+        ctx.tracked_run().log_history(history)
+        ctx.progress.update(int(history[-1]["step"]), f"loss {history[-1]['loss']:.4f}")
+
+
+def _outcome(ctx: StageContext) -> Outcome:
+    info = checkpoint.read(ctx.folder, ctx.config.training.steps)
+    name = checkpoint.checkpoint_name(info.step)
+    files = []
+    for file in [*info.state["files"], checkpoint.STATE]:
+        data = storage.read_bytes(storage.join(info.uri, file))
+        files.append(FileEntry(path=f"{name}/{file}", bytes=len(data), sha256=storage.sha256(data)))
+    spec = ModelSpec.model_validate(info.state["spec"])
+    parameters = sum(parameter.numel() for parameter in spec.make_network().parameters())
+    rates = [record["images_per_second"] for record in info.history]
+    stats = {
+        "step": info.step,
+        "loss": info.history[-1]["loss"],
+        "num_parameters": parameters,
+        "images_per_second": float(np.median(rates)),
+        "mlflow_run_id": ctx.tracked_run().run_id,
+    }
+    return Outcome(files, stats)
