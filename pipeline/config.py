@@ -117,6 +117,8 @@ def _sentence(problem: Any) -> str:
     if kind == "value_error":
         message = message.removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
+    if kind in ("model_type", "dict_type"):
+        message = "should be a section with keys of its own"
     rule = message[0].lower() + message[1:]
     return f"{key}={problem['input']!r} is wrong: {rule.removeprefix('input ')}"
 

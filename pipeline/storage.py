@@ -89,7 +89,7 @@ def list_names(uri: str) -> list[str]:
         fs.invalidate_cache(path)
         try:
             entries = fs.ls(path, detail=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
     return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
 
@@ -237,11 +237,13 @@ def _open_fs(uri: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _explained(verb: str, uri: str) -> Iterator[None]:
-    """Turn a file system's error into one sentence; FileNotFoundError passes through."""
+    """Turn a file system's error into one sentence; a missing file to read is the caller's matter."""
     try:
         yield
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        if verb == "read":
+            raise
+        raise StorageError(f"cannot {verb} {uri}: no such folder, and none can be made") from error
     except PermissionError as error:
         raise StorageError(
             f"cannot {verb} {uri}: permission denied; choose another place with --set storage=URI, "

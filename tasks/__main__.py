@@ -7,7 +7,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +19,6 @@ from rich.table import Table
 from pipeline import storage
 from pipeline.errors import (
     ConfigError,
-    CorruptArtifact,
     DataError,
     PipelineError,
     RequestError,
@@ -382,6 +380,7 @@ def _log_to_file(storage_uri: str) -> Path:
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
+    os.environ["MLFLOW_CONFIGURE_LOGGING"] = "false"  # mlflow would print its own log lines
     return path
 
 
@@ -420,40 +419,41 @@ def _root_cause(error: BaseException) -> BaseException:
     return _root_cause(cause) if isinstance(cause, BaseException) else error
 
 
-def main(command: Callable[..., Any] = app) -> None:
-    """Run a command and turn what it raises into one sentence and an exit code."""
+def execute(arguments: list[str]) -> int:
+    """Run a command and turn what it raises into one sentence; returns the exit code."""
     try:
-        command(standalone_mode=True)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from what is finished")
-        code = 130
+        app(arguments)
+    except SystemExit as end:
+        code = int(end.code or 0)
+        if code == 130:  # typer's for Ctrl-C
+            console.print("interrupted: the same command goes on from what is finished")
+        return code
     except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
-        cause = _root_cause(error)
-        logging.getLogger("ddpm").debug("failed", exc_info=error)
-        if isinstance(cause, UserError):
-            typer.echo(f"error: {cause}", err=True)
-            code = 2
-        elif isinstance(cause, PipelineError | CorruptArtifact):
-            typer.echo(f"error: {cause}", err=True)
-            code = 1
-        else:
-            logging.getLogger("ddpm").error("failed", exc_info=error)
-            where = next(
-                (h.baseFilename for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)),
-                None,
-            )
-            first = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
-            typer.echo(f"error: {type(cause).__name__}: {first}", err=True)
-            typer.echo(f"the whole story is in {where}" if where else repr(error), err=True)
-            code = 1
-    else:
-        return
+        return _show_error(error)
+    return 0
+
+
+def main() -> None:
+    code = execute(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
     # threads of stages may still wait for a Ray that is gone; nothing of theirs is worth keeping
     os._exit(code)
+
+
+def _show_error(error: BaseException) -> int:
+    """Print one sentence about an error; returns the exit code."""
+    cause = _root_cause(error)
+    logging.getLogger("ddpm").error("the command failed", exc_info=error)
+    if isinstance(cause, PipelineError):
+        print(f"error: {cause}", file=sys.stderr)
+        return 2 if isinstance(cause, UserError) else 1
+    first_line = (str(cause).strip().splitlines() or [""])[0]
+    print(f"error: {type(cause).__name__}: {first_line}", file=sys.stderr)
+    files = [h.baseFilename for h in logging.getLogger().handlers if hasattr(h, "baseFilename")]
+    if files:
+        print(f"the whole story is in {_shown(files[0])}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

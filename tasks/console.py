@@ -44,7 +44,7 @@ class StageBar:
         self._total, self._unit, self._done_before = total, unit, done
         self._started = time.monotonic()
         # a new clock, so that the rate is that of this run's own work
-        self._board.bars.reset(self._task, total=total, completed=done, unit=unit)
+        self._board.bars.reset(self._task, total=total, completed=done, unit=unit, note="")
         if done:
             self.update(done, f"goes on from {done}")
 

@@ -131,7 +131,7 @@ def _sections(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
 
 
 def _why_inputs_changed(names: list[str]) -> str:
-    return f"its input {' and '.join(names)} will be made anew"
+    return f"its input will be made anew: {', '.join(names)}"
 
 
 def _why_missing(

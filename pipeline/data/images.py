@@ -10,6 +10,7 @@ from torch import Tensor
 
 MAX_PIXELS = 100_000_000
 """An image that claims more than this is refused before it is decoded: it would take 300 MB."""
+TOO_LARGE = f"it has more than {MAX_PIXELS:,} pixels"
 
 
 class BadImage(Exception):
@@ -42,11 +43,13 @@ def _open(raw: bytes | np.ndarray) -> Image.Image:
             image = Image.open(io.BytesIO(raw))
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise BadImage(f"{width}x{height} pixels is more than {MAX_PIXELS:,}")
+                raise BadImage(TOO_LARGE)
             image.load()
             return ImageOps.exif_transpose(image)
     except BadImage:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, in Image.open
+        raise BadImage(TOO_LARGE) from error
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
         reason = str(error).split(" <", 1)[0]  # without the repr of the buffer
         raise BadImage(f"cannot be decoded: {reason or type(error).__name__}") from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import tempfile
 import time
 from collections.abc import Iterator
@@ -54,7 +53,6 @@ def make_client(uri: str) -> MlflowClient:
     """
     from mlflow.tracking import MlflowClient
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     with explained(uri):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         if uri.startswith("sqlite:///"):

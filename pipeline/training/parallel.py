@@ -17,7 +17,7 @@ def wrap(network: nn.Module, device: torch.device) -> nn.Module:
     if rank_and_world_size()[1] == 1:
         return network
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False)
+    return DistributedDataParallel(network, device_ids=device_ids)
 
 
 def mean_over_ranks(value: Tensor) -> float:

@@ -1,0 +1,120 @@
+"""Shared surroundings of the tests: one thread, a tiny config, one trained pipeline on real Ray."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# before torch is imported: libgomp's threads must not spin beside those of the pipelines under test
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+import psutil
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "network.base_channels=8",
+    "training.steps=60",
+    "training.batch_size=32",
+    "training.warmup_steps=5",
+    "training.log_every=5",
+    "training.checkpoint_every=20",
+    "evaluation.samples=20",
+    "evaluation.classifier_epochs=2",
+    "sampling.steps=4",
+]
+"""What makes configs/digits.yaml small."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder in which the `ddpm` command is used, as a person would."""
+
+    folder: Path
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tasks", *arguments],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def ddpm(self, *arguments: str, code: int = 0, timeout: float = 240) -> str:
+        """Run a command to its end, check its exit code, return what it printed."""
+        process = self.start(*arguments)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        finally:
+            end(process)
+        assert process.returncode == code, output
+        return output
+
+    def run_tiny(self, *overrides: str, verb: str = "run", code: int = 0) -> str:
+        return self.ddpm(*tiny_command(verb, *overrides), code=code)
+
+    def manifest(self, stage: str) -> Any:
+        """The manifest of the only output of a stage."""
+        import json
+
+        (path,) = (self.folder / "runs" / stage).glob("*/manifest.json")
+        return json.loads(path.read_text())
+
+
+def tiny_command(verb: str, *overrides: str) -> list[str]:
+    """`ddpm VERB configs/digits.yaml` with the small values and others on top."""
+    sets = [word for value in [*TINY, *overrides] for word in ("--set", value)]
+    return [verb, str(ROOT / "configs" / "digits.yaml"), *sets]
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End a command that is still running, with all that it started."""
+    if process.poll() is None:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        psutil.wait_procs(children, timeout=20)
+
+
+def ray_workers(pid: int, title: str) -> list[psutil.Process]:
+    """The Ray worker processes below `pid` whose title holds `title`."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        try:
+            if title in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for(condition: Any, seconds: float, what: str) -> Any:
+    """The first true value of `condition()`, or a failure that says what was waited for."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"waited {seconds} s in vain for {what}")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    """A workplace in which the tiny pipeline has run once, undisturbed."""
+    workplace = Workplace(tmp_path_factory.mktemp("tiny"))
+    output = workplace.run_tiny()
+    (workplace.folder / "first_run.txt").write_text(output)
+    yield workplace

@@ -1,0 +1,116 @@
+"""Configuration: strict, and every mistake is one sentence with the remedy in it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import load_config, validate_config
+from pipeline.errors import ConfigError
+from tests.conftest import ROOT, TINY
+
+DIGITS = str(ROOT / "configs" / "digits.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_config_loads(path: Path) -> None:
+    config = load_config(str(path))
+    assert config.name == path.stem
+    assert path.read_text().startswith("#"), "it opens with its command, hardware, time and result"
+    assert validate_config(yaml.safe_load(yaml.safe_dump(config.model_dump())), "again") == config
+
+
+def test_the_tiny_config_of_the_tests_loads() -> None:
+    assert load_config(DIGITS, TINY).training.steps == 60
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("training.lrr=1", "training.lrr is not a known key; did you mean training.lr?"),
+        ("trainin.lr=3", "trainin is not a known key; did you mean training?"),
+        ("lr=3", "lr is not a known key; did you mean training.lr?"),
+        ("xyzzy.q=3", "xyzzy is not a known key"),
+        ("training.lr=abc", "training.lr='abc' is wrong: should be a valid number"),
+        ("training.lr=true", "training.lr=True is wrong: should be a valid number"),
+        ("training.lr=0", "training.lr=0 is wrong: should be greater than 0"),
+        ("training.lr=.nan", "training.lr=nan is wrong"),
+        ("training.steps=2.5", "training.steps=2.5 is wrong: should be a valid integer"),
+        ("training.steps='8'", "training.steps='8' is wrong: should be a valid integer"),
+        ("training=3", "training=3 is wrong: should be a section with keys of its own"),
+        ("data.channels=2", "data.channels=2 is wrong: should be 1 or 3"),
+        ("data.source=", "data.source=None is wrong: should be a valid string"),
+        ("seed=-1", "seed=-1 is wrong: should be greater than or equal to 0"),
+        ("name=a b", "name='a b' is wrong"),
+        ("sampling.guidance=99", "sampling.guidance=99 is wrong: should be less than or equal to 50"),
+        ("sampling.sampler=magic", "sampling.sampler='magic' is wrong: should be 'ancestral' or 'ddim'"),
+        ("sampling.steps=2000", "sampling.steps=2000 must be at most diffusion.timesteps=1000"),
+        ("training.label_dropout=0", "sampling.guidance=0.5 needs training.label_dropout above 0"),
+        ("training.batch_size=63", "training.batch_size=63 must be a multiple of cluster.workers=2"),
+        ("network.attention_at=[5]", "attention_at=[5] is not among the resolutions of the levels"),
+        ("data.image_size=9", "data.image_size=9 is not a multiple of 2"),
+        ("registry.alias=v3", "registry.alias: 'v3' reads as a version"),
+        ("noequals", "--set 'noequals' must have the form key=value"),
+        ("seed.x=1", "seed is a value, not a section"),
+        ("training.lr=[1", "--set training.lr=[1"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_the_key(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(DIGITS, [override])
+    message = str(error.value)
+    assert sentence in message
+    assert "\n" not in message
+
+
+def test_several_mistakes_are_a_line_each() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(DIGITS, ["training.lr=abc", "training.steps=0"])
+    assert len(str(error.value).splitlines()) == 2
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "must hold sections"),
+        ("- a\n- b\n", "must hold sections"),
+        ("a: [1\n", "line 2: "),
+        ("a:\n\tb: 1\n", "line 2: "),
+        ("name: x\nname: y\n", "line 2: the key 'name' stands twice"),
+        ("!!python/object:os.system {}\n", "line 1: could not determine a constructor"),
+        ("name: x\n", "data is missing, and has no default"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, text))
+    assert sentence in str(error.value)
+
+
+def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a config file"):
+        load_config(str(tmp_path / "nowhere.yaml"))
+    with pytest.raises(ConfigError, match="is not a config file"):
+        load_config(str(tmp_path))
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(str(tmp_path / "b.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("3E+2", 300.0), ("1_000", 1000), (".5", 0.5), ("1.", 1.0), ("7", 7)],
+)
+def test_numbers_are_those_of_yaml_1_2(text: str, value: float) -> None:
+    assert load_config(DIGITS, [f"training.lr={text}"]).training.lr == value
+
+
+def test_words_that_yaml_1_1_would_twist_stay_words() -> None:
+    assert load_config(DIGITS, ["name=no"]).name == "no"
+    assert load_config(DIGITS, ["data.source=12:30"]).data.source == "12:30"
