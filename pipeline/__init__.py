@@ -1,1 +1,1 @@
-"""What is computed: data format, diffusion mathematics, networks, training, sampling. No Ray here."""
+"""What is computed: data format, diffusion mathematics, networks, training, sampling. No Ray."""

@@ -7,7 +7,7 @@ nearest one there is.
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -148,7 +148,7 @@ def _nearest_key(key: str) -> str | None:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers and booleans (1e-4 is a number, `no` is a word), and no duplicate keys."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
 
 for tag, pattern, first in (
@@ -159,17 +159,20 @@ for tag, pattern, first in (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
 ):
     _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), list(first) + [""] * (tag == "null")
+        f"tag:yaml.org,2002:{tag}",
+        re.compile(f"^(?:{pattern})$"),
+        list(first) + [""] * (tag == "null"),
     )
 
 
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         if key in seen:
             raise yaml.MarkedYAMLError(
-                problem=f"the key {key!r} stands twice in one section", problem_mark=key_node.start_mark
+                problem=f"the key {key!r} stands twice in one section",
+                problem_mark=key_node.start_mark,
             )
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
@@ -187,7 +190,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{where}{line}: {error.problem or 'this is not YAML'}") from error
@@ -198,7 +201,9 @@ def _parse_yaml(text: str, where: str) -> Any:
 def _apply(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path.strip():
-        raise ConfigError(f"--set {override!r} must have the form key=value, as in training.lr=3e-4")
+        raise ConfigError(
+            f"--set {override!r} must have the form key=value, as in training.lr=3e-4"
+        )
     *sections, last = path.strip().split(".")
     for section in sections:
         inner = values.setdefault(section, {})

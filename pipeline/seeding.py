@@ -27,7 +27,9 @@ def uniform(k: int) -> float:
     return (k >> 11) * 2.0**-53
 
 
-def normal(keys: Sequence[int], shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+def normal(
+    keys: Sequence[int], shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Standard normal noise, row i from `keys[i]` alone: (len(keys), *shape), on the CPU."""
     wide = np.float64 if dtype == torch.float64 else np.float32
     z = np.empty((len(keys), *shape), dtype=wide)

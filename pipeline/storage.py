@@ -18,7 +18,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel
@@ -109,13 +108,17 @@ def read_bytes(uri: str) -> bytes:
 
 def write_bytes(uri: str, data: bytes) -> FileEntry:
     """Write a file in one atomic step; the entry's path is the file's name."""
-    fs, path = _open_fs(uri)
     with _explained("write to", uri):
-        if isinstance(fs, LocalFileSystem):
-            _write_local(Path(path), data)
-        else:
-            fs.pipe_file(path, data)
-    return FileEntry(path=path.rsplit("/", 1)[-1], bytes=len(data), sha256=sha256(data))
+        _put(uri, data)
+    return FileEntry(path=uri.rsplit("/", 1)[-1], bytes=len(data), sha256=sha256(data))
+
+
+def _put(uri: str, data: bytes) -> None:
+    fs, path = _open_fs(uri)
+    if isinstance(fs, LocalFileSystem):
+        _write_local(Path(path), data)
+    else:
+        fs.pipe_file(path, data)
 
 
 def _write_local(path: Path, data: bytes) -> None:
@@ -155,7 +158,8 @@ def local_path(uri: str) -> Path | None:
 def check_writable(uri: str) -> None:
     """Raise StorageError, before any work is done, unless files can be written below `uri`."""
     probe = join(uri, f".probe-{uuid.uuid4().hex[:8]}")
-    write_bytes(probe, b"")
+    with _explained("write to", uri):
+        _put(probe, b"")
     remove(probe)
 
 
@@ -229,15 +233,15 @@ def _open_fs(uri: str) -> tuple[Any, str]:
             fs, path = url_to_fs(uri)
     except (ValueError, ImportError) as error:
         raise StorageError(
-            f"storage URI {uri!r} cannot be opened ({error}); known schemes are a local path, s3:// "
-            f"and those of installed fsspec packages ({len(fsspec.available_protocols())} known)"
+            f"storage URI {uri!r} cannot be opened ({error}); known schemes are a local path, "
+            "s3:// and those of the fsspec packages that are installed"
         ) from error
     return fs, path
 
 
 @contextlib.contextmanager
 def _explained(verb: str, uri: str) -> Iterator[None]:
-    """Turn a file system's error into one sentence; a missing file to read is the caller's matter."""
+    """Turn a file system's error into one sentence; a missing file is the caller's to explain."""
     try:
         yield
     except FileNotFoundError as error:
@@ -251,13 +255,15 @@ def _explained(verb: str, uri: str) -> Iterator[None]:
         ) from error
     except (FileExistsError, NotADirectoryError) as error:
         raise StorageError(
-            f"cannot {verb} {uri}: a part of the path is a file, not a folder; choose another place "
-            "with --set storage=URI"
+            f"cannot {verb} {uri}: a part of the path is a file, not a folder; choose another "
+            "place with --set storage=URI"
         ) from error
     except OSError as error:
         import errno
 
         if error.errno == errno.ENOSPC:
-            raise StorageError(f"cannot {verb} {uri}: the disk is full; free some space and run the "
-                               "same command again, finished work is kept") from error
+            raise StorageError(
+                f"cannot {verb} {uri}: the disk is full; free some space and run the "
+                "same command again, finished work is kept"
+            ) from error
         raise StorageError(f"cannot {verb} {uri}: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""The command line, `ddpm`. Exit codes: 0 done, 2 the user's mistake, 1 anything else, 130 Ctrl-C."""
+"""The command line, `ddpm`. Exit codes: 0 done, 2 the user's mistake, 130 Ctrl-C, 1 the rest."""
 
 import logging
 import os
@@ -108,6 +108,10 @@ def _run_stages(config_path: str, overrides: list[str] | None, target: str) -> N
     log = _log_to_file(config.storage)
     plan = _plan(config, tracking_uri, target)
     _print_plan(plan)
+    if target != "preprocess":
+        from pipeline.registry.runs import make_client
+
+        make_client(tracking_uri)  # a store that cannot be used is better found before the work
 
     from tasks import cluster, workflow
 
@@ -123,7 +127,9 @@ def _run_stages(config_path: str, overrides: list[str] | None, target: str) -> N
     console.print()
     table = Table("stage", "", "time", box=None, pad_edge=False)
     for result in results:
-        table.add_row(result.name, result.outcome, duration(result.seconds) if result.seconds else "")
+        table.add_row(
+            result.name, result.outcome, duration(result.seconds) if result.seconds else ""
+        )
     console.print(table)
     _print_where_to_look(plan, target, log)
 
@@ -146,7 +152,9 @@ def _print_where_to_look(plan: "Plan", target: str, log: Path) -> None:
             parts = [name] if name else []
             console.print(f"{what:<9}{_shown(storage.join(plan.folder(stage), *parts))}")
     if target != "preprocess":
-        console.print(f"MLflow   {_command('mlflow')} ui --backend-store-uri {_shown_uri(plan.tracking_uri)}")
+        console.print(
+            f"MLflow   {_command('mlflow')} ui --backend-store-uri {_shown_uri(plan.tracking_uri)}"
+        )
     if target == "sample":
         model = f"{plan.config.name}@{plan.config.registry.alias}"
         console.print(f"serve    {_command('ddpm')} serve {model}")
@@ -226,20 +234,23 @@ def reproduce(
     reference = resolve(recipe.model, _tracking_uri(None))
     if reference.digest != recipe.model_digest:
         raise UserError(
-            f"{recipe.model} is not the model that made {file}: its digest is {reference.digest}, the "
-            f"recipe says {recipe.model_digest}"
+            f"{recipe.model} is not the model that made {file}: its digest is {reference.digest}, "
+            f"the recipe says {recipe.model_digest}"
         )
     again = redraw(recipe, reference)
     if out is not None:
         storage.write_bytes(str(out.absolute()), encode(again, recipe))
     if np.array_equal(pixels, again):
-        console.print(f"{file}: the same {again.shape[0]}x{again.shape[1]} pixels again, bit for bit")
+        console.print(
+            f"{file}: the same {again.shape[0]}x{again.shape[1]} pixels again, bit for bit"
+        )
         return
     differing = int((pixels != again).any(axis=-1).sum()) if pixels.shape == again.shape else -1
     made = ", ".join(f"{name} {value}" for name, value in recipe.made_with.items())
     here = ", ".join(f"{name} {value}" for name, value in fingerprint().items())
     raise PipelineError(
-        f"{file}: {differing} pixels differ; it was made in {recipe.mode} mode with {made}, this is {here}"
+        f"{file}: {differing} pixels differ; it was made in {recipe.mode} mode with {made}, "
+        f"this is {here}"
     )
 
 
@@ -264,6 +275,9 @@ def serve(
     with cluster.connect(ClusterConfig(), num_cpus=replicas):
         from tasks import serve as application
 
+        serve_log = logging.getLogger("ray.serve")  # it has a handler of its own, for the terminal
+        serve_log.handlers = logging.getLogger().handlers
+        serve_log.propagate = False
         console.print(f"loading {reference} on {replicas} replica{'s' * (replicas > 1)} ...")
         application.start(reference, ServingConfig(replicas=replicas), host, port)
         _treat_sigterm_as_ctrl_c()
@@ -275,6 +289,7 @@ def serve(
         )
         console.print(f"log      {_shown(str(log))}")
         application.wait_until_interrupted()
+        console.print("stopped")
 
 
 @app.command()
@@ -298,7 +313,9 @@ def promote(
 def submit(
     config: ConfigArg,
     address: Annotated[str, typer.Option(help="The head's job server, http://HEAD:8265.")],
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the job and return its code.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow the job and return its code.")
+    ] = False,
     set_: SetOption = None,
 ) -> None:
     """Run a config as a job on a Ray cluster; the working folder is sent along."""
@@ -306,7 +323,9 @@ def submit(
 
     _load(config, set_)  # a mistake is better found here than on the cluster
     if Path(config).is_absolute():
-        raise ConfigError(f"{config} must be a path within this folder, which is sent to the cluster")
+        raise ConfigError(
+            f"{config} must be a path within this folder, which is sent to the cluster"
+        )
     job, follow = jobs.submit(address, config, set_ or [], os.getcwd())
     console.print(f"submitted {job}; follow it with\n  {follow}")
     if wait:
@@ -368,6 +387,10 @@ def _validated(model: Any, prefix: str, **values: Any) -> Any:
         raise RequestError(shown + message[0].lower() + message[1:], name) from error
 
 
+_log_files: list[Path] = []
+"""The file that this command logs to, if it does."""
+
+
 def _log_to_file(storage_uri: str) -> Path:
     """Send what frameworks log and warn of to a file, so that the terminal stays readable."""
     folder = storage.local_path(storage_uri) or Path(tempfile.gettempdir())
@@ -380,7 +403,7 @@ def _log_to_file(storage_uri: str) -> Path:
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    os.environ["MLFLOW_CONFIGURE_LOGGING"] = "false"  # mlflow would print its own log lines
+    _log_files.append(path)
     return path
 
 
@@ -421,6 +444,7 @@ def _root_cause(error: BaseException) -> BaseException:
 
 def execute(arguments: list[str]) -> int:
     """Run a command and turn what it raises into one sentence; returns the exit code."""
+    os.environ["MLFLOW_CONFIGURE_LOGGING"] = "false"  # it would print its log lines
     try:
         app(arguments)
     except SystemExit as end:
@@ -444,15 +468,15 @@ def main() -> None:
 def _show_error(error: BaseException) -> int:
     """Print one sentence about an error; returns the exit code."""
     cause = _root_cause(error)
-    logging.getLogger("ddpm").error("the command failed", exc_info=error)
+    if _log_files:
+        logging.getLogger("ddpm").error("the command failed", exc_info=error)
     if isinstance(cause, PipelineError):
         print(f"error: {cause}", file=sys.stderr)
         return 2 if isinstance(cause, UserError) else 1
     first_line = (str(cause).strip().splitlines() or [""])[0]
     print(f"error: {type(cause).__name__}: {first_line}", file=sys.stderr)
-    files = [h.baseFilename for h in logging.getLogger().handlers if hasattr(h, "baseFilename")]
-    if files:
-        print(f"the whole story is in {_shown(files[0])}", file=sys.stderr)
+    if _log_files:
+        print(f"the whole story is in {_shown(str(_log_files[-1]))}", file=sys.stderr)
     return 1
 
 

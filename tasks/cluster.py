@@ -58,16 +58,16 @@ def connect(config: ClusterConfig, num_cpus: int | None = None) -> Iterator[str]
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = "a local Ray" if address is None else f"the Ray cluster at {address}"
         raise ClusterError(
-            f"cannot {'start' if address is None else 'join'} {where}: {str(error).splitlines()[0]}; "
-            "check cluster.address, RAY_ADDRESS and that the head is up"
+            f"cannot {'start' if address is None else 'join'} {where}: "
+            f"{str(error).splitlines()[0]}; check cluster.address, RAY_ADDRESS and the head"
         ) from error
     try:
         gpus = ray.cluster_resources().get("GPU", 0)
         if config.workers * config.gpus_per_worker > gpus:
             raise ClusterError(
                 f"cluster.workers={config.workers} with cluster.gpus_per_worker="
-                f"{config.gpus_per_worker} needs {config.workers * config.gpus_per_worker} GPUs, but "
-                f"Ray has {gpus:g}: set cluster.gpus_per_worker=0 to train on CPUs"
+                f"{config.gpus_per_worker} needs {config.workers * config.gpus_per_worker} GPUs, "
+                f"but Ray has {gpus:g}: set cluster.gpus_per_worker=0 to train on CPUs"
             )
         yield os.path.join(str(context.address_info["session_dir"]), "logs")
     finally:
@@ -89,8 +89,8 @@ def check_port_is_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ClusterError(
-                f"cannot listen on {host}:{port} ({error.strerror}): choose another port with --port, "
-                "or end the process that holds it"
+                f"cannot listen on {host}:{port} ({error.strerror}): choose another port with "
+                "--port, or end the process that holds it"
             ) from error
         except OverflowError as error:
             raise ClusterError(f"--port {port} must be from 0 to 65535") from error

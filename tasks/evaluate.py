@@ -1,4 +1,4 @@
-"""Evaluate: a checkpoint to scores, with n, sampler, steps, guidance and weights stated beside them."""
+"""Evaluate: a checkpoint to scores, with n, sampler, steps, guidance and weights stated."""
 
 import json
 import math
@@ -79,8 +79,7 @@ def run(ctx: StageContext) -> Outcome:
         "grid.png": _sheet(pixels, labels),
     }
     files = [
-        storage.write_bytes(storage.join(ctx.folder, name), data)
-        for name, data in contents.items()
+        storage.write_bytes(storage.join(ctx.folder, name), data) for name, data in contents.items()
     ]
     _record(ctx, metrics, contents)
     return Outcome(files, metrics)
@@ -122,11 +121,12 @@ def _accuracy(
 
 def _sheet(pixels: np.ndarray, labels: list[int | None]) -> bytes:
     """Samples in rows of a class, or just in rows if there are no classes."""
-    if labels[0] is None:
+    classes = sorted({label for label in labels if label is not None})
+    if not classes:
         return grid(pixels[: GRID_COLUMNS**2], GRID_COLUMNS)
-    rows = {label: np.flatnonzero(np.array(labels) == label) for label in sorted(set(labels))}
-    width = min(GRID_COLUMNS, *(len(row) for row in rows.values()))
-    return grid(pixels[np.concatenate([row[:width] for row in rows.values()])], width)
+    rows = [np.flatnonzero(np.array(labels) == label) for label in classes]
+    width = min(GRID_COLUMNS, *(len(row) for row in rows))
+    return grid(pixels[np.concatenate([row[:width] for row in rows])], width)
 
 
 def _record(ctx: StageContext, metrics: dict[str, Any], files: dict[str, bytes]) -> None:

@@ -63,4 +63,3 @@ def draw_on_cluster(
         parts[tasks[ready]] = ray.get(ready)
         on_done(sum(len(part) for part in parts.values()))
     return np.concatenate([parts[start] for start in sorted(parts)])
-

@@ -1,7 +1,7 @@
 """Preprocess: a source of images to a ShardSet, one Ray task an input shard.
 
-A task writes its parts, then a record `parts/00003.json` of what is in them; a record that stands is
-not made again, so a killed run loses at most the shards that were being worked on.
+A task writes its parts, then a record `parts/00003.json` of what is in them; a record that stands
+is not made again, so a killed run loses at most the shards that were being worked on.
 """
 
 from collections import Counter
@@ -106,12 +106,14 @@ def _outcome(ctx: StageContext, source: Source, records: list[dict[str, Any]]) -
     total = len(source.items)
     named = "; ".join(f"{image['key']}: {image['reason']}" for image in bad[:3])
     if len(bad) == total:
-        raise DataError(f"data.source={config.source!r}: none of its {total} images can be used ({named})")
+        raise DataError(
+            f"data.source={config.source!r}: none of its {total} images can be used ({named})"
+        )
     if len(bad) > config.max_bad_fraction * total:
         raise DataError(
-            f"data.source={config.source!r}: {len(bad)} of {total} images cannot be used, more than "
-            f"data.max_bad_fraction={config.max_bad_fraction} allows ({named}); mend or remove them, or "
-            "raise the share"
+            f"data.source={config.source!r}: {len(bad)} of {total} images cannot be used, more "
+            f"than data.max_bad_fraction={config.max_bad_fraction} allows ({named}); mend or "
+            "remove them, or raise the share"
         )
     num_images = {split: sum(record["num_images"][split] for record in records) for split in SPLITS}
     if not num_images["train"]:

@@ -12,7 +12,6 @@ from pipeline.storage import FileEntry
 from tasks.stage import Outcome, StageContext
 
 
-
 def fit_reference(
     shard_set: str, folder: str, num_classes: int, seed: int, epochs: int
 ) -> tuple[list[FileEntry], dict[str, Any]]:

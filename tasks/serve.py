@@ -1,18 +1,18 @@
 """Serve: a registered model as a Ray Serve application.
 
 An ingress validates a request and deals its n images to the sampler replicas, an engine each; since
-an image is its recipe, neither the number of replicas nor who draws which image shows in the pixels.
+an image is its recipe, neither the number of replicas nor who draws what shows in the pixels.
 """
 
 import asyncio
 import base64
+import contextlib
 import json
 import secrets
 import time
 from typing import Any
 
 import numpy as np
-import ray
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from ray import serve
@@ -34,6 +34,7 @@ from pipeline.serving.engine import Engine, EngineThread, ImageRequest, Mode, ch
 from pipeline.serving.recipe import Recipe, encode, fingerprint
 from tasks.cluster import worker_device
 
+APPLICATION = "ddpm"
 MAX_BODY_BYTES = 64 * 1024
 IMAGES_IN_HAND_PER_REPLICA = 256
 
@@ -50,7 +51,9 @@ class Sampler:
         self.replica = serve.get_replica_context().replica_id.unique_id
         self.engines: dict[Mode, EngineThread] = {}
         # warm: the first network call pays for torch's set-up
-        warm_up = ImageRequest(0, 0, 0 if self.model.spec.num_classes else None, SamplingConfig(steps=1))
+        warm_up = ImageRequest(
+            0, 0, 0 if self.model.spec.num_classes else None, SamplingConfig(steps=1)
+        )
         self._engine("exact").submit(warm_up).result()
 
     def _engine(self, mode: Mode) -> EngineThread:
@@ -72,6 +75,26 @@ class Sampler:
         for mode, engine in self.engines.items():
             if not engine.is_alive:
                 raise RuntimeError(f"the thread of the {mode} engine has ended")
+
+
+# above the ingress: Ray Serve pickles its routes when the class is made
+
+
+async def _read_json(request: Request) -> Any:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise RequestError(f"the request body is larger than {MAX_BODY_BYTES} bytes", "body")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError("the request body is not JSON", "body") from error
+
+
+def _too_many() -> JSONResponse:
+    body = error_body("the service is full: try again shortly", "rate_limit_error")
+    return JSONResponse(body, 429, headers={"Retry-After": "1"})
 
 
 @serve.deployment(max_ongoing_requests=1024, ray_actor_options={"num_cpus": 0})
@@ -143,7 +166,12 @@ class Ingress:
                 }
             )
         size = f"{spec.image_size}x{spec.image_size}"
-        reply = {"created": int(time.time()), "model": self.name, "output_format": "png", "size": size}
+        reply = {
+            "created": int(time.time()),
+            "model": self.name,
+            "output_format": "png",
+            "size": size,
+        }
         return JSONResponse({**reply, "data": data})
 
     @http.get("/v1/models")
@@ -174,41 +202,25 @@ class Ingress:
         return JSONResponse({"status": "ready", "model": self.name})
 
 
-async def _read_json(request: Request) -> Any:
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestError(f"the request body is larger than {MAX_BODY_BYTES} bytes", "body")
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError("the request body is not JSON", "body") from error
-
-
-def _too_many() -> JSONResponse:
-    body = error_body("the service is full: try again shortly", "rate_limit_error")
-    return JSONResponse(body, 429, headers={"Retry-After": "1"})
-
-
 def application(model: ModelReference, config: ServingConfig) -> serve.Application:
     """The application: an ingress over `config.replicas` samplers."""
     options = {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica}
-    sampler = Sampler.options(num_replicas=config.replicas, ray_actor_options=options).bind(model)
-    return Ingress.bind(sampler, model, config)
+    # the decorators make deployments of the classes, which mypy does not see
+    deployment: Any = Sampler
+    ingress: Any = Ingress
+    sampler = deployment.options(num_replicas=config.replicas, ray_actor_options=options)
+    return ingress.bind(sampler.bind(model), model, config)
 
 
 def start(model: ModelReference, config: ServingConfig, host: str, port: int) -> None:
     """Deploy on the connected Ray and return when the model is loaded and answers."""
     serve.start(http_options=HTTPOptions(host=host, port=port))
-    serve.run(application(model, config), name="ddpm", route_prefix="/")
+    serve.run(application(model, config), name=APPLICATION, route_prefix="/")
 
 
 def wait_until_interrupted() -> None:
     """Serve until Ctrl-C, then let the running requests end."""
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(1)
-    finally:
-        if ray.is_initialized():
-            serve.shutdown()
+    serve.delete(APPLICATION)

@@ -8,7 +8,9 @@ from pipeline.errors import ClusterError
 POLL_SECONDS = 1.0
 
 
-def submit(address: str, config_path: str, overrides: list[str], working_dir: str) -> tuple[str, str]:
+def submit(
+    address: str, config_path: str, overrides: list[str], working_dir: str
+) -> tuple[str, str]:
     """Send the working folder and start the run there.
 
     Args:
@@ -40,8 +42,8 @@ def submit(address: str, config_path: str, overrides: list[str], working_dir: st
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ClusterError(
-            f"cannot submit to {address}: {reason}; give the address of the head's job server, as in "
-            "--address http://HEAD:8265"
+            f"cannot submit to {address}: {reason}; give the address of the head's job server, as "
+            "in --address http://HEAD:8265"
         ) from error
     return job, f"ray job logs --address {address} --follow {job}"
 

@@ -8,6 +8,7 @@ The workers send what they log to a small actor; the driver takes it from there 
 to MLflow, which only the driver writes to.
 """
 
+import logging
 import math
 import threading
 import time
@@ -165,7 +166,8 @@ def preview(uri: str, shard_set: str, guidance: float, seed: int) -> tuple[bytes
     if num_classes:
         labels = [c for c in range(min(num_classes, 10)) for _ in range(PREVIEW_IMAGES_PER_CLASS)]
     requests = [
-        ImageRequest(key(seed, "preview") >> 1, i, label, sampling) for i, label in enumerate(labels)
+        ImageRequest(key(seed, "preview") >> 1, i, label, sampling)
+        for i, label in enumerate(labels)
     ]
     pixels = draw(uri, None, requests, "exact")
     columns = PREVIEW_IMAGES_PER_CLASS * 2 if num_classes else 4
@@ -202,8 +204,10 @@ class Previews:
             self._running = None
             try:
                 png, loss = ray.get(result)
-            except ray.exceptions.RayTaskError:
-                continue  # its checkpoint was pruned before it was read: a preview less
+            except ray.exceptions.RayError as error:
+                # such as a checkpoint pruned before it was read: training goes on, a preview less
+                logging.getLogger(__name__).warning("no preview of step %d: %s", step, error)
+                continue
             run = self.ctx.tracked_run()
             run.log_image("samples", step, png)
             if math.isfinite(loss):
@@ -227,7 +231,7 @@ def run(ctx: StageContext) -> Outcome:
         {name: shards.stats[name] for name in ("num_images", "image_shape", "source_sha256")},
     )
     ctx.progress.start(config.training.steps, "steps")
-    reporter = Reporter.remote()
+    reporter = Reporter.remote()  # type: ignore[attr-defined]
     job = Job(config, ctx.folder, ctx.inputs["preprocess"], shards.stats["class_names"], reporter)
     cluster = config.cluster
     trainer = TorchTrainer(
@@ -245,7 +249,9 @@ def run(ctx: StageContext) -> Outcome:
         run_config=RunConfig(
             name="ray",
             storage_path=ctx.folder,
-            failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures, controller_failure_limit=3
+            ),
         ),
     )
     previews = Previews(ctx)
@@ -279,7 +285,7 @@ def run(ctx: StageContext) -> Outcome:
     if diverged_at is not None:
         raise TrainingDiverged(
             f"the training loss is not finite at step {diverged_at}; the checkpoints before it are "
-            "kept: try a lower training.lr, more training.warmup_steps or a lower training.grad_clip"
+            "kept: try a lower training.lr, more training.warmup_steps or less training.grad_clip"
         )
     ctx.progress.update(config.training.steps, "previews")
     previews.poll(wait=True)

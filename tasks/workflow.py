@@ -1,8 +1,8 @@
 """The DAG of stages: what is done, what must run and why, and running it.
 
 The id of an output is a hash of its stage, the stage's format, the config sections it reads and the
-ids of its inputs. So all ids are known before anything runs, a stage whose manifest stands is not run
-again, and a changed value reaches exactly the stages downstream of it.
+ids of its inputs. So all ids are known before anything runs, a stage whose manifest stands is not
+run again, and a changed value reaches exactly the stages downstream of it.
 """
 
 import functools
@@ -51,12 +51,11 @@ STAGES = (
     ),
     StageSpec("reference", ("seed", "evaluation.classifier_epochs"), ("preprocess",)),
     StageSpec("train", ("seed", "network", "diffusion", "training"), ("preprocess",)),
-    StageSpec(
-        "evaluate", ("seed", "evaluation", "sampling"), ("preprocess", "train", "reference")
-    ),
+    StageSpec("evaluate", ("seed", "evaluation", "sampling"), ("preprocess", "train", "reference")),
     StageSpec("register", ("name", "registry"), ("preprocess", "train", "evaluate")),
     StageSpec("sample", ("seed", "sampling"), ("register",)),
 )
+
 
 def needed_for(target: str) -> tuple[StageSpec, ...]:
     """The stages that `target` needs, itself last, in an order that can be run."""
@@ -260,7 +259,9 @@ class _LazyRun:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
     return flat
 
 
@@ -331,7 +332,9 @@ def _stage_function(plan: Plan, name: str) -> Callable[[StageContext], Outcome]:
 
 
 def _manifest(plan: Plan, stage: PlannedStage, outcome: Outcome) -> Manifest:
-    inputs = {other.spec.name: other.id for other in plan.stages if other.spec.name in stage.spec.inputs}
+    inputs = {
+        other.spec.name: other.id for other in plan.stages if other.spec.name in stage.spec.inputs
+    }
     if stage.spec.name == "preprocess":
         inputs = {"source": storage.digest(plan.source.fingerprint())}
     return Manifest(
@@ -344,4 +347,3 @@ def _manifest(plan: Plan, stage: PlannedStage, outcome: Outcome) -> Manifest:
         stats=outcome.stats,
         versions={name: version(name) for name in ("torch", "ray", "mlflow", "pyarrow", "numpy")},
     )
-

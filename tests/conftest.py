@@ -1,5 +1,7 @@
 """Shared surroundings of the tests: one thread, a tiny config, one trained pipeline on real Ray."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+os.environ["MLFLOW_CONFIGURE_LOGGING"] = "false"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
@@ -23,6 +26,7 @@ import torch
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 TINY = [
     "network.base_channels=8",
     "training.steps=60",
@@ -47,7 +51,7 @@ class Workplace:
         return subprocess.Popen(
             [sys.executable, "-m", "tasks", *arguments],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment},
+            env={**ENVIRONMENT, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -62,6 +66,19 @@ class Workplace:
             end(process)
         assert process.returncode == code, output
         return output
+
+    def quick(self, *arguments: str, code: int = 0) -> str:
+        """The same without a process of its own, for commands that neither start Ray nor log."""
+        from tasks.__main__ import execute
+
+        output = io.StringIO()
+        with (
+            contextlib.chdir(self.folder),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            assert execute(list(arguments)) == code, output.getvalue()
+        return output.getvalue()
 
     def run_tiny(self, *overrides: str, verb: str = "run", code: int = 0) -> str:
         return self.ddpm(*tiny_command(verb, *overrides), code=code)

@@ -42,11 +42,20 @@ def test_the_tiny_config_of_the_tests_loads() -> None:
         ("data.source=", "data.source=None is wrong: should be a valid string"),
         ("seed=-1", "seed=-1 is wrong: should be greater than or equal to 0"),
         ("name=a b", "name='a b' is wrong"),
-        ("sampling.guidance=99", "sampling.guidance=99 is wrong: should be less than or equal to 50"),
-        ("sampling.sampler=magic", "sampling.sampler='magic' is wrong: should be 'ancestral' or 'ddim'"),
+        (
+            "sampling.guidance=99",
+            "sampling.guidance=99 is wrong: should be less than or equal to 50",
+        ),
+        (
+            "sampling.sampler=magic",
+            "sampling.sampler='magic' is wrong: should be 'ancestral' or 'ddim'",
+        ),
         ("sampling.steps=2000", "sampling.steps=2000 must be at most diffusion.timesteps=1000"),
         ("training.label_dropout=0", "sampling.guidance=0.5 needs training.label_dropout above 0"),
-        ("training.batch_size=63", "training.batch_size=63 must be a multiple of cluster.workers=2"),
+        (
+            "training.batch_size=63",
+            "training.batch_size=63 must be a multiple of cluster.workers=2",
+        ),
         ("network.attention_at=[5]", "attention_at=[5] is not among the resolutions of the levels"),
         ("data.image_size=9", "data.image_size=9 is not a multiple of 2"),
         ("registry.alias=v3", "registry.alias: 'v3' reads as a version"),

@@ -71,7 +71,9 @@ def test_sub_folders_are_the_classes(tmp_path: Path) -> None:
     assert source.class_names == ["cats", "dogs"]
     labels = {item.key: item.label for item in source.items}
     assert labels == {"cats/a.png": 0, "cats/deep/b.JPG": 0, "dogs/c.webp": 1, "e.png": None}
-    read = dict((item.key, raw) for shard in sources.cut(source, 3) for item, raw in sources.read(shard))
+    read = dict(
+        (item.key, raw) for shard in sources.cut(source, 3) for item, raw in sources.read(shard)
+    )
     assert read["cats/a.png"] == (tmp_path / "cats" / "a.png").read_bytes()
 
 
@@ -104,7 +106,10 @@ def test_a_fingerprint_is_of_content_and_a_second_scan_reads_nothing(
         (lambda path: None, "does not exist"),
         (lambda path: path.mkdir(), r"holds no image \(0 files looked at"),
         (lambda path: path.write_text("x"), "is a file: give a folder"),
-        (lambda path: (path.mkdir(), (path / "a.txt").write_text("x")), r"holds no image \(1 files"),
+        (
+            lambda path: (path.mkdir(), (path / "a.txt").write_text("x")),
+            r"holds no image \(1 files",
+        ),
     ],
 )
 def test_a_source_without_images_is_refused(tmp_path: Path, make: object, sentence: str) -> None:
@@ -139,7 +144,7 @@ def test_the_shortest_side_is_resized_and_the_centre_cropped() -> None:
 def test_every_mode_of_a_grey_ramp_comes_out_as_that_ramp(mode: str) -> None:
     ramp = gradient()
     if mode == "I;16":
-        image = Image.fromarray((ramp.astype(np.uint16) * 257))
+        image = Image.fromarray(ramp.astype(np.uint16) * 257)
     elif mode in ("I", "F"):
         image = Image.fromarray(ramp).convert(mode)
     else:
@@ -231,7 +236,9 @@ def test_any_reader_of_parquet_opens_a_part(tmp_path: Path) -> None:
     column = pq.ParquetFile(tmp_path / "train" / "part-00000.parquet").schema.column(0)
     assert column.physical_type == "FIXED_LEN_BYTE_ARRAY"
     shape = json.loads(schema.metadata[b"shape"])
-    assert np.array_equal(np.frombuffer(table["image"][3].as_py(), np.uint8).reshape(shape), images[3])
+    assert np.array_equal(
+        np.frombuffer(table["image"][3].as_py(), np.uint8).reshape(shape), images[3]
+    )
 
 
 def test_the_same_images_give_the_same_bytes() -> None:

@@ -23,7 +23,9 @@ def make(channels: int = 1, size: int = 8, num_classes: int = 0, **values: objec
         (3, 12, {"channel_multipliers": [1], "attention_at": []}),
     ],
 )
-def test_output_has_the_shape_of_the_input(channels: int, size: int, values: dict[str, object]) -> None:
+def test_output_has_the_shape_of_the_input(
+    channels: int, size: int, values: dict[str, object]
+) -> None:
     network = make(channels, size, **values)
     x = torch.randn(2, channels, size, size)
     assert network(x, torch.tensor([0, 999])).shape == x.shape

@@ -1,5 +1,6 @@
 """Samplers on data whose ε-predictor is known exactly, and the plans they compile to."""
 
+import itertools
 from typing import Literal
 
 import pytest
@@ -60,7 +61,7 @@ def mean_and_std_by_recursion(
 
 
 def mean_and_std_of_plan(plan: Plan, schedule: Schedule) -> tuple[float, float]:
-    """The output law of the executor, exactly: it is linear, so probe its answers to unit inputs."""
+    """The output law of the executor, exactly: it is linear, so probe it with unit inputs."""
 
     def out(x_T: float, unit_noise_at: int | None) -> float:
         return run_plan(
@@ -95,7 +96,7 @@ def test_ddim_follows_the_closed_form(schedule: Schedule, eta: float) -> None:
 
 
 def test_an_off_by_one_in_alpha_bar_would_show() -> None:
-    """The power of the tests above: a table shifted by one timestep misses by far more than 1e-6."""
+    """The power of the tests above: a table shifted by one timestep misses by far more."""
     schedule = cosine(10)
     plan = ddim(schedule, 10, 0.0, clip_x_0=False)
     shifted = plan.table.clone()
@@ -132,7 +133,7 @@ def test_pairs_lead_from_the_last_timestep_to_the_clean_image(steps: int) -> Non
     assert pairs[0][0] == 999
     assert pairs[-1][1] == -1
     assert all(t > s for t, s in pairs)
-    assert all(left[1] == right[0] for left, right in zip(pairs[:-1], pairs[1:], strict=True))
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(pairs))
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])

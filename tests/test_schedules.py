@@ -27,7 +27,9 @@ def test_linear_is_hos_schedule() -> None:
 
 
 def test_linear_of_fewer_steps_ends_at_about_the_same_noise() -> None:
-    assert linear(250).alpha_bar[-1].item() == pytest.approx(linear(1000).alpha_bar[-1].item(), rel=0.2)
+    assert linear(250).alpha_bar[-1].item() == pytest.approx(
+        linear(1000).alpha_bar[-1].item(), rel=0.2
+    )
 
 
 def test_cosine_follows_its_formula_until_beta_is_capped() -> None:

@@ -8,7 +8,15 @@ from pipeline.seeding import key, normal, permutation, uniform
 
 
 def test_every_part_of_an_address_matters() -> None:
-    addresses = [(0, "a"), (1, "a"), (0, "b"), (0, "a", 0), (0, "a", 1), (0, "a", 0, 1), (0, "a", 1, 0)]
+    addresses = [
+        (0, "a"),
+        (1, "a"),
+        (0, "b"),
+        (0, "a", 0),
+        (0, "a", 1),
+        (0, "a", 0, 1),
+        (0, "a", 1, 0),
+    ]
     keys = {key(seed, what, *counters) for seed, what, *counters in addresses}
     assert len(keys) == len(addresses)
     assert all(0 <= k < 2**64 for k in keys)

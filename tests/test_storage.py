@@ -89,7 +89,9 @@ def test_a_second_holder_waits_for_the_first_and_gets_in_when_it_is_killed(tmp_p
         "import time; from pipeline import storage\n"
         f"with storage.exclusive({lock!r}): print('in', flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "in\n"
         seen: list[str] = []

@@ -54,7 +54,9 @@ def fresh(training: TrainingConfig) -> TrainState:
     return make_state(SPEC.make_network(), training)
 
 
-def run(state: TrainState, training: TrainingConfig, rank: int = 0, world_size: int = 1) -> list[float]:
+def run(
+    state: TrainState, training: TrainingConfig, rank: int = 0, world_size: int = 1
+) -> list[float]:
     batches = Batches(images(), training.batch_size, 3, rank, world_size)
     forward = parallel.wrap(state.network, CPU)
     schedule = make_schedule(SPEC.diffusion)
@@ -128,7 +130,11 @@ def test_two_workers_train_the_model_that_one_trains(tmp_path: Path) -> None:
     # weights with no gradient but rounding errors may differ by Adam's step; what they compute, not
     together = fresh(config())
     checkpoint.load(checkpoint.read(str(tmp_path), 8), together)
-    x, t, label = torch.randn(4, 1, 8, 8), torch.tensor([1, 300, 600, 999]), torch.tensor([0, 1, 2, 0])
+    x, t, label = (
+        torch.randn(4, 1, 8, 8),
+        torch.tensor([1, 300, 600, 999]),
+        torch.tensor([0, 1, 2, 0]),
+    )
     with torch.no_grad():
         torch.testing.assert_close(
             together.network(x, t, label), alone.network(x, t, label), rtol=0, atol=1e-4
@@ -188,7 +194,9 @@ def save_steps(folder: Path, *steps: int) -> TrainState:
     state = fresh(config())
     for step in steps:
         state.step = step
-        checkpoint.save(str(folder), state, SPEC.model_dump(mode="json"), [{"step": step, "loss": 1.0}])
+        checkpoint.save(
+            str(folder), state, SPEC.model_dump(mode="json"), [{"step": step, "loss": 1.0}]
+        )
     return state
 
 

@@ -1,9 +1,9 @@
 """The order in which training sees the images: a pure function of (seed, step).
 
 The epochs' permutations stand one after another as an endless list of positions, of which global
-batch s is the positions s·B .. (s+1)·B - 1. So every image comes once an epoch, the tail of an epoch
-is not dropped, any step is reached without replaying the ones before it, and the number of workers
-has no part in it: rank r of W takes the r-th of W equal slices of each global batch.
+batch s is the positions s·B .. (s+1)·B - 1. So every image comes once an epoch, the tail of an
+epoch is not dropped, any step is reached without replaying the ones before it, and the number of
+workers has no part in it: rank r of W takes the r-th of W equal slices of each global batch.
 """
 
 import functools

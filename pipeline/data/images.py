@@ -84,7 +84,9 @@ def to_pil(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def grid(pixels: np.ndarray, columns: int, scale: int | None = None, gap: int | None = None) -> bytes:
+def grid(
+    pixels: np.ndarray, columns: int, scale: int | None = None, gap: int | None = None
+) -> bytes:
     """A PNG of (N, H, W, C) uint8 images in rows of `columns`, enlarged, with gaps between.
 
     Small images are enlarged by whole pixels, to about 64 a side, so that a person sees them.

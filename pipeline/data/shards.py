@@ -23,7 +23,7 @@ SPLITS = ("train", "holdout")
 
 
 def split_of(image_key: str, holdout: float) -> str:
-    """`holdout` for a share of the keys, chosen by their hash, so that it stays when images join."""
+    """`holdout` for a share of the keys, chosen by their hash, so that more images move none."""
     return "holdout" if uniform(key(0, f"holdout/{image_key}")) < holdout else "train"
 
 

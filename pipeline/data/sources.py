@@ -114,8 +114,8 @@ def read(shard: InputShard) -> Iterator[tuple[Item, bytes | np.ndarray]]:
             yield item, fs.cat_file(f"{root.rstrip('/')}/{item.key}")
         except FileNotFoundError as error:
             raise DataError(
-                f"data.source={shard.source!r}: the image {item.key!r} disappeared while the source "
-                "was being read; run the same command again"
+                f"data.source={shard.source!r}: the image {item.key!r} disappeared while the "
+                "source was being read; run the same command again"
             ) from error
 
 

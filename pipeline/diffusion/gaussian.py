@@ -38,7 +38,9 @@ def predict_eps(x_t: Tensor, x_0: Tensor, alpha_bar_t: Tensor) -> Tensor:
     return (x_t - like(alpha_bar_t.sqrt(), x_t) * x_0) * like((1 - alpha_bar_t).rsqrt(), x_t)
 
 
-def posterior_coefficients(alpha_bar_t: Tensor, alpha_bar_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def posterior_coefficients(
+    alpha_bar_t: Tensor, alpha_bar_s: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(c_x_0, c_x_t, β̃) of q(x_s | x_t, x_0) = N(c_x_0 x_0 + c_x_t x_t, β̃ I), s < t.
 
     Ho et al. 2020, Eq. 7, with α = ᾱ_t/ᾱ_s. At s = -1 (ᾱ_s = 1) it is the point x_0: (1, 0, 0).

@@ -68,7 +68,7 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for epoch in range(epochs):
         order = torch.from_numpy(permutation(key(seed, "classifier/order", epoch), len(x)))
-        for i, rows in enumerate(order.split(batch)):
+        for i, rows in enumerate(torch.split(order, batch)):
             noise = normal([key(seed, "classifier/noise", epoch, i)], (len(rows), *x.shape[1:]))[0]
             loss = F.cross_entropy(network(x[rows] + 0.2 * noise), y[rows])
             optimizer.zero_grad()
@@ -86,7 +86,7 @@ def predict(network: Classifier, x: Tensor) -> Tensor:
     """The most likely class of each image: (B,) int64."""
     if not len(x):
         return torch.empty(0, dtype=torch.int64)
-    return torch.cat([network(part).argmax(1) for part in x.split(256)])
+    return torch.cat([network(part).argmax(1) for part in torch.split(x, 256)])
 
 
 def to_files(classifier: TrainedClassifier) -> dict[str, bytes]:

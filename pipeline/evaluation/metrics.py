@@ -46,7 +46,9 @@ def holdout_loss(model: Model, images: ImageSet, seed: int, batch: int = 64) -> 
     n = len(images)
     if not n:
         return math.nan, math.nan
-    t = torch.arange(n) * model.schedule.timesteps // n  # stratified: every noise level has its part
+    t = (
+        torch.arange(n) * model.schedule.timesteps // n
+    )  # stratified: every noise level has its part
     losses = []
     for start in range(0, n, batch):
         rows = slice(start, min(start + batch, n))

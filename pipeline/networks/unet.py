@@ -1,8 +1,9 @@
 """The U-Net ε_θ(x_t, t, label) of Ho et al. 2020, with scale-and-shift conditioning.
 
 Residual blocks of GroupNorm, SiLU and 3×3 convolutions; the timestep's sinusoidal embedding, plus a
-class embedding, goes through an MLP into every block as a scale and a shift (Dhariwal & Nichol 2021,
-"adaptive group normalisation"); single-head self-attention at chosen resolutions; skip connections.
+class embedding, goes through an MLP into every block as a scale and a shift (Dhariwal & Nichol
+2021, "adaptive group normalisation"); single-head self-attention at chosen resolutions; skip
+connections.
 
 Shapes: B batch, C channels, H×W pixels, E embedding.
 """
@@ -22,7 +23,7 @@ class UNetConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     kind: Literal["unet"] = "unet"
     base_channels: int = Field(ge=4, multiple_of=4)
     channel_multipliers: list[int] = Field(min_length=1)
-    """Channels of each level, as multiples of base_channels; the resolution halves between levels."""
+    """Channels of each level, in base_channels; the resolution halves from level to level."""
     blocks_per_level: int = Field(default=2, ge=1)
     attention_at: list[int] = []
     """Resolutions (in pixels) at which the blocks are followed by self-attention."""
@@ -30,16 +31,18 @@ class UNetConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @model_validator(mode="after")
     def _multipliers_are_positive(self) -> "UNetConfig":
         if min(self.channel_multipliers) < 1:
-            raise ValueError(f"channel_multipliers={self.channel_multipliers} must be 1 or more each")
+            raise ValueError(
+                f"channel_multipliers={self.channel_multipliers} must be 1 or more each"
+            )
         return self
 
     def check_image_size(self, image_size: int) -> None:
-        """Raise ValueError unless the levels divide `image_size` and attention meets one of them."""
+        """Raise ValueError unless the levels divide `image_size` and attention has its level."""
         levels = len(self.channel_multipliers)
         if image_size % 2 ** (levels - 1):
             raise ValueError(
-                f"channel_multipliers has {levels} levels, which halve the image {levels - 1} times, "
-                f"but data.image_size={image_size} is not a multiple of {2 ** (levels - 1)}"
+                f"channel_multipliers has {levels} levels, which halve the image {levels - 1} "
+                f"times, but data.image_size={image_size} is not a multiple of {2 ** (levels - 1)}"
             )
         resolutions = [image_size >> level for level in range(levels)]
         if strange := [r for r in self.attention_at if r not in resolutions]:
@@ -80,7 +83,9 @@ class ResidualBlock(nn.Module):
         self.norm2 = group_norm(out_channels)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = (
-            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, 1)
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -112,7 +117,9 @@ class SelfAttention(nn.Module):
 class Stage(nn.Module):
     """A residual block, then attention where the resolution asks for it."""
 
-    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, attend: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, embedding_dim: int, attend: bool
+    ) -> None:
         super().__init__()
         self.block = ResidualBlock(in_channels, out_channels, embedding_dim)
         self.attention = SelfAttention(out_channels) if attend else nn.Identity()
@@ -133,7 +140,9 @@ class UNet(nn.Module):
             `num_classes` itself is the null label ∅ of classifier-free guidance.
     """
 
-    def __init__(self, config: UNetConfig, channels: int, image_size: int, num_classes: int) -> None:
+    def __init__(
+        self, config: UNetConfig, channels: int, image_size: int, num_classes: int
+    ) -> None:
         super().__init__()
         config.check_image_size(image_size)
         base, E = config.base_channels, 4 * config.base_channels
@@ -174,7 +183,7 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """ε_θ(x_t, t, label). x_t: (B, C, H, W); t: (B,); label: (B,) int64, None if unconditional."""
+        """ε_θ of x_t (B, C, H, W), t (B,) and label (B,) int64, None if unconditional."""
         embedding = self.embed_t(sinusoidal_embedding(t, self.base_channels))
         if self.embed_label is not None:
             assert label is not None, "a conditional network needs a label a row (∅ = num_classes)"

@@ -33,7 +33,9 @@ class Sampler:
         Raises:
             RequestError: an unknown name, or a value out of range.
         """
-        requests = [model_input] if isinstance(model_input, dict) else model_input.to_dict("records")
+        requests = (
+            [model_input] if isinstance(model_input, dict) else model_input.to_dict("records")
+        )
         images = [image for request in requests for image in self._draw(request)]
         return np.stack(images)
 

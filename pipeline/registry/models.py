@@ -1,7 +1,7 @@
 """Registered models: what is stored, how a reference is resolved, how weights become a Model again.
 
 A model's folder holds `weights.safetensors` (the EMA weights), `model.json` (spec, digest, lineage)
-and `MLmodel`, so that `mlflow.pyfunc.load_model` opens it too. Nothing in it is executed by loading.
+and `MLmodel`, so that `mlflow.pyfunc.load_model` opens it too. Loading executes nothing in it.
 """
 
 import json
@@ -100,8 +100,8 @@ def load_model(uri: str, tracking_uri: str | None = None) -> Model:
     weights = storage.read_bytes(storage.join(uri, weights_name))
     if storage.sha256(weights) != description["weights_sha256"]:
         raise CorruptArtifact(
-            f"{storage.join(uri, weights_name)} does not match its recorded sha256: it was damaged or "
-            "replaced since it was written"
+            f"{storage.join(uri, weights_name)} does not match its recorded sha256: it was damaged "
+            "or replaced since it was written"
         )
     spec = ModelSpec.model_validate(description["spec"])
     return build_model(spec, load_tensors(weights), model_digest(spec, weights))
@@ -145,8 +145,8 @@ def parse_reference(text: str) -> tuple[str, str]:
     match = re.fullmatch(r"(?:models:/)?([^@/:]+)[@/]([A-Za-z0-9_-]+)", text)
     if match is None:
         raise ModelNotFound(
-            f"{text!r} does not name a model: write NAME@ALIAS or NAME@VERSION, as in digits@champion "
-            "or digits@1"
+            f"{text!r} does not name a model: write NAME@ALIAS or NAME@VERSION, as in "
+            "digits@champion or digits@1"
         )
     return match[1], match[2]
 
@@ -160,6 +160,12 @@ def resolve(text: str, tracking_uri: str) -> ModelReference:
     from mlflow.exceptions import MlflowException
 
     name, which = parse_reference(text)
+    database = tracking_uri.removeprefix("sqlite:///")
+    if database != tracking_uri and not storage.exists(database):  # looking would create it
+        raise ModelNotFound(
+            f"there is no model {name!r}: the registry at {tracking_uri} does not exist yet; "
+            "`ddpm run CONFIG` makes it, and tracking.uri or MLFLOW_TRACKING_URI names another"
+        )
     client = make_client(tracking_uri)
     try:
         if which.isdigit():
@@ -178,19 +184,23 @@ def _what_there_is(client: Any, name: str, which: str, tracking_uri: str) -> str
     if name not in models:
         known = f"it has {', '.join(sorted(models))}" if models else "it has none yet"
         return (
-            f"there is no model {name!r} in the registry at {tracking_uri}, {known}; `ddpm run CONFIG` "
-            "makes one"
+            f"there is no model {name!r} in the registry at {tracking_uri}, {known}; `ddpm run "
+            "CONFIG` makes one"
         )
     numbers = ", ".join(sorted((str(v.version) for v in versions), key=int)) or "none"
     aliases = ", ".join(sorted(models[name].aliases)) or "none"
-    return f"model {name!r} has no version or alias {which!r}: versions {numbers}; aliases {aliases}"
+    return (
+        f"model {name!r} has no version or alias {which!r}: versions {numbers}; aliases {aliases}"
+    )
 
 
 def find_version(name: str, digest: str, tracking_uri: str) -> ModelReference | None:
     """The newest version of a model with the content `digest`, if there is one."""
     client = make_client(tracking_uri)
     with explained(tracking_uri):
-        found = client.search_model_versions(f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'")
+        found = client.search_model_versions(
+            f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'"
+        )
     if not found:
         return None
     newest = max(found, key=lambda version: int(version.version))
@@ -204,14 +214,15 @@ def register(
     digest = json.loads(files[MODEL_JSON])["digest"]
     if there := find_version(name, digest, run.uri):
         return there
+    folder = f"{ARTIFACT_FOLDER}/{digest}"  # of its own: a run may register more than one content
     for file_name, data in files.items():
-        run.log_artifact(ARTIFACT_FOLDER, file_name, data)
+        run.log_artifact(folder, file_name, data)
     with explained(run.uri):
         if not run.client.search_registered_models(f"name = '{name}'"):
             run.client.create_registered_model(name)
         version = run.client.create_model_version(
             name,
-            source=f"runs:/{run.run_id}/{ARTIFACT_FOLDER}",
+            source=f"runs:/{run.run_id}/{folder}",
             run_id=run.run_id,
             tags={DIGEST_TAG: digest, **tags},
         )

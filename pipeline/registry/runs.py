@@ -1,7 +1,7 @@
 """The MLflow run of a pipeline: one a training, whatever is killed and started again.
 
-Only the driver writes to it. A run is found again by the id of the training it records, and a metric
-is written only beyond the last step that is there, so a resumed training adds no duplicate points.
+Only the driver writes to it. A run is found again by the id of the training it records, and a
+metric is written only beyond the last step that is there, so a resumed training doubles no points.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class TrackingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 def explained(uri: str) -> Iterator[None]:
     """Turn MLflow's errors into one sentence about the tracking URI."""
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise StorageError(f"MLflow at {uri} cannot be used: {first_line}") from error
 
@@ -53,13 +54,11 @@ def make_client(uri: str) -> MlflowClient:
     """
     from mlflow.tracking import MlflowClient
 
-    with explained(uri):
+    is_sqlite = uri.startswith("sqlite:///")
+    lock = storage.exclusive(uri.removeprefix("sqlite:///") + ".lock") if is_sqlite else None
+    with lock or contextlib.nullcontext(), explained(uri):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        if uri.startswith("sqlite:///"):
-            with storage.exclusive(uri.removeprefix("sqlite:///") + ".lock"):
-                client.search_experiments(max_results=1)
-        else:
-            client.search_experiments(max_results=1)
+        client.search_experiments(max_results=1)
     return client
 
 
@@ -85,7 +84,9 @@ class TrackedRun:
                 self.client.update_run(self.run_id, status="RUNNING")
             else:
                 run = self.client.create_run(
-                    experiment_id, run_name=f"{experiment}-{train_id[:8]}", tags={TRAIN_ID: train_id}
+                    experiment_id,
+                    run_name=f"{experiment}-{train_id[:8]}",
+                    tags={TRAIN_ID: train_id},
                 )
                 self.run_id = str(run.info.run_id)
                 entries = [Param(name, str(value)) for name, value in params.items()]
@@ -126,7 +127,8 @@ class TrackedRun:
         if name not in self._image_steps:
             with explained(self.uri):
                 entries = self.client.list_artifacts(self.run_id, "images")
-            marks = [entry.path.split("/")[-1].split("%") for entry in entries]
+            # MLflow names them images/NAME+step+STEP+timestamp+...
+            marks = [entry.path.split("/")[-1].split("+") for entry in entries]
             self._image_steps[name] = {
                 int(mark[2]) for mark in marks if len(mark) > 2 and mark[0] == name
             }
@@ -173,4 +175,3 @@ class TrackedRun:
         """Close the run: FINISHED, FAILED or KILLED. It opens again when its training resumes."""
         with explained(self.uri):
             self.client.set_terminated(self.run_id, status)
-

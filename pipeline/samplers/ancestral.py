@@ -1,4 +1,4 @@
-"""Ancestral sampling: x_s ~ p_θ(x_s | x_t), Ho et al. 2020, Algorithm 2, over any timestep pairs."""
+"""Ancestral sampling: x_s ~ p_θ(x_s | x_t), Ho et al. 2020, Algorithm 2, over any pairs."""
 
 from typing import Literal
 

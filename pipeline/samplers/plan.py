@@ -12,6 +12,7 @@ brings its own consistent ε along. The executor below is the only one: `ddpm sa
 serving all call it, and each row of a batch may follow its own plan at its own position.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -42,7 +43,9 @@ class SamplingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @model_validator(mode="after")
     def _eta_belongs_to_ddim(self) -> "SamplingConfig":
         if self.eta and self.sampler != "ddim":
-            raise ValueError(f"eta={self.eta} is DDIM's and has no meaning for {self.sampler}: drop it")
+            raise ValueError(
+                f"eta={self.eta} is DDIM's and has no meaning for {self.sampler}: drop it"
+            )
         return self
 
 
@@ -68,7 +71,7 @@ def trailing_timesteps(timesteps: int, steps: int) -> list[tuple[int, int]]:
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps={steps} must be from 1 to the schedule's {timesteps} timesteps")
     stops = [round(timesteps * (steps - i) / steps) - 1 for i in range(steps + 1)]
-    return list(zip(stops[:-1], stops[1:], strict=True))
+    return list(itertools.pairwise(stops))
 
 
 def build_plan(

@@ -21,7 +21,7 @@ class ServingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     mode: Mode = "exact"
     """Default of a request: `exact` (pixels depend on the recipe alone) or `fast`."""
     cpus_per_replica: int = Field(default=1, ge=1)
-    gpus_per_replica: float = Field(default=0, ge=0)
+    gpus_per_replica: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     max_images: int = Field(default=64, ge=1)
     """Largest n of a request."""
     max_queued_requests: int = Field(default=64, ge=1)
@@ -65,7 +65,9 @@ PARAM_OF_ENGINE = {
 """What the engine's names are called in a request."""
 
 
-def parse_request(body: Any, spec: ModelSpec, model_name: str, max_images: int) -> GenerationRequest:
+def parse_request(
+    body: Any, spec: ModelSpec, model_name: str, max_images: int
+) -> GenerationRequest:
     """A request body (parsed JSON), checked against the model that is served.
 
     Raises:
@@ -84,10 +86,14 @@ def parse_request(body: Any, spec: ModelSpec, model_name: str, max_images: int) 
         raise RequestError(f"model={request.model!r} is not served here; {model_name} is", "model")
     size = f"{spec.image_size}x{spec.image_size}"
     if request.size not in ("auto", size):
-        raise RequestError(f"size={request.size!r} must be auto or {size}, the model's size", "size")
+        raise RequestError(
+            f"size={request.size!r} must be auto or {size}, the model's size", "size"
+        )
     if request.prompt and request.prompt not in spec.class_names:
         known = ", ".join(spec.class_names[:20]) or "none, the model is unconditional"
-        raise RequestError(f"prompt={request.prompt!r} is not a class name; there are: {known}", "prompt")
+        raise RequestError(
+            f"prompt={request.prompt!r} is not a class name; there are: {known}", "prompt"
+        )
     if request.prompt and request.class_label is not None:
         raise RequestError("give prompt (a class name) or class_label, not both", "class_label")
     return request

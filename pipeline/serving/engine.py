@@ -4,10 +4,10 @@ The unit is a row (x_t, t, label). Before each call the engine gathers rows of t
 whatever their sampler, number of steps, guidance or position, into one batch; images join and leave
 between calls. A guided image is two rows, ε(c) and ε(∅).
 
-In `exact` mode the pixels of an image depend on its recipe alone (promise P3): its noise is addressed
-by (seed, index, step), and every network call has one fixed shape, padded with zeros, on one thread,
-since the kernels that torch picks for another batch size or thread count round differently. In
-`fast` mode a call has as many rows as there are.
+In `exact` mode the pixels of an image depend on its recipe alone (promise P3): its noise is
+addressed by (seed, index, step), and every network call has one fixed shape, padded with zeros, on
+one thread, since the kernels that torch picks for another batch size or thread count round
+differently. In `fast` mode a call has as many rows as there are.
 """
 
 import contextlib
@@ -116,7 +116,9 @@ class Engine:
         z = torch.zeros_like(x)
         for i, image in enumerate(images):
             if rows[i, C_Z]:
-                z[i] = normal([_noise_key(image.request, image.position + 1)], tuple(x.shape[1:]))[0]
+                z[i] = normal([_noise_key(image.request, image.position + 1)], tuple(x.shape[1:]))[
+                    0
+                ]
         x, _ = advance(x, self._eps(images, x, rows[:, T]), z, rows)
 
         finished = []
@@ -198,7 +200,9 @@ def check_request(spec: ModelSpec, request: ImageRequest) -> None:
             "steps",
         )
     if request.label is not None and not 0 <= request.label < spec.num_classes:
-        known = f"from 0 to {spec.num_classes - 1}" if spec.num_classes else "none: it has no classes"
+        known = (
+            f"from 0 to {spec.num_classes - 1}" if spec.num_classes else "none: it has no classes"
+        )
         raise RequestError(f"label={request.label} is not a class of the model, {known}", "label")
     if request.label is None and spec.num_classes and not spec.has_null_label:
         raise RequestError(

@@ -58,10 +58,14 @@ def decode(data: bytes, name: str) -> tuple[np.ndarray, Recipe]:
     except Exception as error:  # Pillow raises a dozen types on damaged files
         raise DataError(f"{name} is not an image that can be read") from error
     if text is None:
-        raise DataError(f"{name} carries no recipe: it was not made by ddpm, or was saved anew since")
+        raise DataError(
+            f"{name} carries no recipe: it was not made by ddpm, or was saved anew since"
+        )
     try:
         recipe = Recipe.model_validate_json(text)
     except ValidationError as error:
-        raise DataError(f"the recipe in {name} cannot be read: {error.errors()[0]['msg']}") from error
+        raise DataError(
+            f"the recipe in {name} cannot be read: {error.errors()[0]['msg']}"
+        ) from error
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels, recipe

@@ -44,7 +44,7 @@ def checkpoint_name(step: int) -> str:
 def save(
     folder: str, state: TrainState, spec: dict[str, Any], history: list[dict[str, float]]
 ) -> CheckpointInfo:
-    """Write the checkpoint of `state.step` below `folder`; saving the same step again is harmless."""
+    """Write the checkpoint of `state.step` below `folder`; the same step again is harmless."""
     uri = storage.join(folder, checkpoint_name(state.step))
     tensors = {
         "model.safetensors": _cpu(state.network.state_dict()),
@@ -123,7 +123,9 @@ def read_tensors(info: CheckpointInfo, name: str) -> dict[str, Tensor]:
 def prune(folder: str, keep: int) -> None:
     """Delete all but the newest `keep` complete checkpoints."""
     for info in complete_checkpoints(folder)[:-keep]:
-        storage.remove(storage.join(info.uri, STATE))  # first, so that it is never half a checkpoint
+        storage.remove(
+            storage.join(info.uri, STATE)
+        )  # first, so that it is never half a checkpoint
         storage.remove(info.uri)
 
 

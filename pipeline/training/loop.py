@@ -26,7 +26,7 @@ from pipeline.training.ema import Ema
 
 
 class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """How ε_θ is fitted. Steps are optimizer steps; the batch size is that of all workers together."""
+    """How ε_θ is fitted. Steps are optimizer steps; the batch size is of all workers together."""
 
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -69,7 +69,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One finished step: its number (from 1), this rank's mean loss (on its device), the rate used."""
+    """One finished step: its number from 1, this rank's mean loss on its device, the rate used."""
 
     step: int
     loss: Tensor
@@ -136,7 +136,9 @@ def train(
     autocast = torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16")
     while state.step < config.steps:
         step = state.step
-        x_0, label, t, eps = _prepare(batches.at(step), step, schedule, config, num_classes, seed, device)
+        x_0, label, t, eps = _prepare(
+            batches.at(step), step, schedule, config, num_classes, seed, device
+        )
         x_t = q_sample(x_0, eps, schedule.alpha_bar[t])
         with autocast:
             eps_hat = forward(x_t, t.to(device, non_blocking=True), label)
@@ -164,7 +166,7 @@ def _prepare(
     device: torch.device,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """(x_0, label, t, eps) of a rank's rows; t stays on the CPU, beside the schedule's tables."""
-    b, H, W, C = batch.pixels.shape
+    _b, H, W, C = batch.pixels.shape
     draws = draw(seed, step, batch.rows, (C, H, W), schedule.timesteps, config.label_dropout)
     x_0 = to_unit(batch.pixels.to(device, non_blocking=True))
     label = None

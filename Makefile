@@ -1,0 +1,40 @@
+# What people do often. Everything is installed into .venv by the first target that needs it.
+VENV   := .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: help install run test lint serve ui clean
+
+help:            ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+# made anew when what is to be installed changes
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## Install into .venv
+
+run: install     ## Run the whole pipeline on the embedded digits
+	$(BIN)/ddpm run configs/digits.yaml
+
+test: install lint  ## Check style and types, run the test suite
+	$(BIN)/python -m pytest
+
+lint: install    ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+serve: install   ## Serve the digits that `make run` trained
+	$(BIN)/ddpm serve digits@champion --replicas 2
+
+ui: install      ## Open the MLflow UI on the runs of this folder
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+clean:           ## Delete what runs made here: outputs, runs, models
+	rm -rf runs samples mlruns mlflow.db mlflow.db.lock

@@ -1,0 +1,132 @@
+"""The command line's contract: exit codes, and one sentence for each mistake."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import Workplace, tiny_command
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+def error_of(output: str) -> str:
+    """The only line of an error; the output holds nothing else."""
+    (line,) = output.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["training.lrr=1"], "did you mean training.lr?"),
+        (["data.source=nowhere"], "does not exist"),
+        (["storage=/proc/nowhere"], "cannot write to /proc/nowhere"),
+        (["storage=nosuch://x"], "cannot be opened"),
+        (["tracking.uri=nosuch://x"], "MLflow at nosuch://x cannot be used"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_code_2(
+    place: Workplace, overrides: list[str], sentence: str
+) -> None:
+    output = place.run_tiny(*overrides, verb="register", code=2)
+    assert sentence in error_of(output.splitlines()[-1] if "will run" in output else output)
+    assert "Traceback" not in output
+
+
+def test_nothing_is_left_behind_by_a_mistake(place: Workplace) -> None:
+    place.run_tiny("data.source=nowhere", code=2)
+    left = [path for path in place.folder.rglob("*") if path.is_file() and "logs" not in path.parts]
+    assert left == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["run"], ["run", "x.yaml", "--nonsense"], ["sample", "m@1", "-n", "x"]],
+)
+def test_usage_errors_have_code_2(place: Workplace, arguments: list[str]) -> None:
+    place.quick(*arguments, code=2)
+
+
+def test_help_names_every_verb(place: Workplace) -> None:
+    output = place.quick("--help")
+    verbs = "run preprocess train evaluate register status explain config "
+    verbs += "sample reproduce serve promote submit"
+    for verb in verbs.split():
+        assert f" {verb} " in output
+
+
+def test_config_prints_what_it_would_load_again(place: Workplace) -> None:
+    first = place.quick(*tiny_command("config"))
+    (place.folder / "again.yaml").write_text(first)
+    assert place.quick("config", "again.yaml") == first
+
+
+def test_explain_starts_nothing(place: Workplace) -> None:
+    output = place.quick(*tiny_command("explain"))
+    assert output.count("will run") == 6
+    assert "preprocess will run  has no output yet" in output
+    assert not (place.folder / "runs").exists()
+
+
+def test_models_that_are_not_there(place: Workplace) -> None:
+    for arguments in (
+        ["sample", "digits@champion"],
+        ["serve", "digits@7"],
+        ["promote", "digits@7"],
+    ):
+        output = place.quick(*arguments, code=2)
+        assert "there is no model 'digits': the registry at" in error_of(output)
+    assert list(place.folder.iterdir()) == [], "looking creates nothing"
+    assert "does not name a model" in error_of(place.quick("sample", "digits", code=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["-n", "0"], "-n 0 must be from 1"),
+        (["--steps", "0"], "--steps 0: input should be greater than or equal to 1"),
+        (["--steps", "5000"], "steps=5000 must be from 1 to the model's 1000"),
+        (["--label", "10"], "label=10 is not a class of the model, from 0 to 9"),
+        (["--label", "-1"], "label=-1 is not a class"),
+        (["--guidance", "-1"], "--guidance -1.0: input should be greater than or equal to 0"),
+        (["--guidance", "nan", "--label", "1"], "--guidance nan"),
+        (["--guidance", "2"], "guidance=2.0 cannot be used: it needs a label"),
+        (["--seed", "-1"], "--seed -1 must be from 0"),
+        (["--sampler", "magic"], "--sampler magic: input should be 'ancestral' or 'ddim'"),
+        (["--mode", "magic"], "--mode magic must be exact or fast"),
+        (["--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+    ],
+)
+@pytest.mark.ray
+def test_sampling_options_out_of_range(tiny: Workplace, options: list[str], sentence: str) -> None:
+    assert sentence in error_of(tiny.quick("sample", "digits@champion", *options, code=2))
+
+
+@pytest.mark.ray
+def test_reproduce_refuses_what_is_not_ours(tiny: Workplace, tmp_path: Path) -> None:
+    from pipeline.data.images import png
+
+    plain = tmp_path / "plain.png"
+    plain.write_bytes(png(np.zeros((8, 8, 1), np.uint8)))
+    assert "carries no recipe" in error_of(tiny.quick("reproduce", str(plain), code=2))
+    assert "cannot be read" in error_of(tiny.quick("reproduce", str(tmp_path / "no.png"), code=2))
+
+
+@pytest.mark.ray
+def test_promote_moves_the_alias(tiny: Workplace) -> None:
+    assert "digits@candidate is now version 1" in tiny.quick(
+        "promote", "digits@1", "--alias", "candidate"
+    )
+    version = json.loads(
+        next((tiny.folder / "runs" / "register").glob("*/registered.json")).read_text()
+    )
+    assert version["version"] == "1"
+    assert "reads as a version" in error_of(
+        tiny.quick("promote", "digits@1", "--alias", "v2", code=2)
+    )

@@ -1,0 +1,329 @@
+"""The whole path on real Ray: images in, a registered model and samples out; killed and resumed."""
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from pipeline.data.images import png
+from tests.conftest import Workplace, end, ray_workers, tiny_command, wait_for
+
+pytestmark = pytest.mark.ray
+
+
+def weights_of(place: Workplace) -> str:
+    """The sha256 of the final EMA weights."""
+    (entry,) = [
+        f for f in place.manifest("train")["files"] if f["path"].endswith("ema.safetensors")
+    ]
+    return str(entry["sha256"])
+
+
+def database_of(place: Workplace) -> "contextlib.closing[sqlite3.Connection]":
+    return contextlib.closing(sqlite3.connect(place.folder / "mlflow.db"))
+
+
+def metric_history(place: Workplace, name: str) -> list[tuple[int, float]]:
+    with database_of(place) as database:
+        rows = database.execute(
+            "SELECT step, value FROM metrics WHERE key = ? ORDER BY step", (name,)
+        )
+        return [(int(step), float(value)) for step, value in rows]
+
+
+def final_step(place: Workplace) -> int:
+    """The newest complete checkpoint of a training that may be running."""
+    states = place.folder.glob("runs/train/*/step-*/state.json")
+    return max((int(path.parent.name.removeprefix("step-")) for path in states), default=0)
+
+
+# --- a quiet run --------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_a_table_and_says_where_to_look(tiny: Workplace) -> None:
+    output = (tiny.folder / "first_run.txt").read_text()
+    for stage in ("preprocess", "reference", "train", "evaluate", "register", "sample"):
+        assert f"\n{stage}" in output
+    assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in output
+    assert "ddpm serve digits@champion" in output
+    (grid_line,) = [line for line in output.splitlines() if line.startswith("samples ")]
+    with Image.open(tiny.folder / grid_line.split()[1]) as grid:
+        assert grid.size == (8 * 72 + 8, 10 * 72 + 8)
+    for noise in ("WARNING", "INFO", "Traceback", "(pid=", "Deprecat"):
+        assert noise not in output
+
+
+def test_every_file_of_an_output_is_in_its_manifest_with_its_hash(tiny: Workplace) -> None:
+    from pipeline.storage import sha256
+
+    for stage in ("preprocess", "reference", "train", "evaluate", "register", "sample"):
+        (path,) = (tiny.folder / "runs" / stage).glob("*/manifest.json")
+        manifest = json.loads(path.read_text())
+        assert manifest["id"] == path.parent.name
+        assert manifest["files"]
+        for entry in manifest["files"]:
+            data = (path.parent / entry["path"]).read_bytes()
+            assert (len(data), sha256(data)) == (entry["bytes"], entry["sha256"])
+
+
+def test_no_image_is_lost_between_source_and_shards(tiny: Workplace) -> None:
+    stats = tiny.manifest("preprocess")["stats"]
+    assert sum(stats["num_images"].values()) == sum(stats["class_counts"]) == 1797
+    assert stats["num_images"]["holdout"] == pytest.approx(0.15 * 1797, abs=50)
+    assert stats["num_bad"] == 0
+
+
+def test_the_mlflow_run_tells_the_training(tiny: Workplace) -> None:
+    assert [step for step, _ in metric_history(tiny, "loss")] == list(range(5, 61, 5))
+    for name in ("lr", "images_per_second"):
+        assert len(metric_history(tiny, name)) == 12
+    assert [step for step, _ in metric_history(tiny, "holdout_loss")] == [20, 40, 60]
+    assert len(metric_history(tiny, "class_accuracy")) == 1
+    with database_of(tiny) as database:
+        assert database.execute("SELECT count(*), min(status) FROM runs").fetchone() == (
+            1,
+            "FINISHED",
+        )
+        assert database.execute("SELECT count(*) FROM datasets").fetchone() == (1,)
+    grids = list((tiny.folder / "mlruns").rglob("images/samples+step+*.png"))
+    assert len(grids) == 3
+
+
+def test_the_second_run_finds_everything_cached(tiny: Workplace) -> None:
+    manifests = {path: path.read_text() for path in tiny.folder.glob("runs/*/*/manifest.json")}
+    output = tiny.run_tiny()
+    assert output.count("cached") == 12
+    assert "will run" not in output
+    assert {
+        path: path.read_text() for path in tiny.folder.glob("runs/*/*/manifest.json")
+    } == manifests
+
+
+def test_a_changed_value_reaches_what_is_downstream_of_it(tiny: Workplace) -> None:
+    output = tiny.quick(*tiny_command("explain", "training.lr=2e-3"))
+    states = {line.split()[0]: line for line in output.splitlines()}
+    for stage in ("preprocess", "reference"):
+        assert "cached" in states[stage]
+    assert "will run  training.lr: 0.001 → 0.002" in states["train"]
+    for stage in ("evaluate", "register", "sample"):
+        assert "will run  its input will be made anew" in states[stage]
+    output = tiny.quick(*tiny_command("explain", "evaluation.samples=30"))
+    assert "evaluate   will run  evaluation.samples: 20 → 30" in output
+    assert output.count("cached") == 3
+    output = tiny.quick(*tiny_command("explain", "cluster.workers=1", "serving.replicas=3"))
+    assert output.count("cached") == 6, "where it runs is not what it computes"
+
+
+def test_a_registry_that_was_lost_is_filled_again(tiny: Workplace, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/other.db"
+    output = tiny.quick(*tiny_command("explain", f"tracking.uri={uri}"))
+    assert "register   will run  the version it made is not in the registry at" in output
+
+
+def test_lineage_leads_from_the_version_to_the_source(tiny: Workplace) -> None:
+    with database_of(tiny) as database:
+        tags = dict(database.execute("SELECT key, value FROM model_version_tags WHERE version = 1"))
+        (run,) = database.execute("SELECT run_uuid FROM runs").fetchone()
+        aliases = database.execute("SELECT alias, version FROM registered_model_aliases").fetchall()
+    assert ("champion", 1) in aliases
+    assert tags["ddpm.train_id"] == tiny.manifest("train")["id"]
+    shards = tiny.manifest("preprocess")
+    assert tags["ddpm.shard_set_id"] == shards["id"]
+    assert tags["ddpm.source_sha256"] == shards["stats"]["source_sha256"]
+    (model,) = (tiny.folder / "mlruns").rglob("model.json")
+    description = json.loads(model.read_text())
+    assert description["digest"] == tags["ddpm.model_digest"]
+    assert description["lineage"]["mlflow_run_id"] == run
+    assert description["weights_sha256"] == weights_of(tiny)
+    assert description["lineage"]["config"]["training"]["steps"] == 60
+
+
+def test_samples_are_their_recipe_whoever_draws_them(tiny: Workplace, tmp_path: Path) -> None:
+    common = ["sample", "digits@champion", "--steps", "4", "--label", "3", "--guidance", "1"]
+    tiny.ddpm(*common, "-n", "60", "--seed", "7", "--out", str(tmp_path / "many"))
+    tiny.ddpm(*common, "-n", "3", "--seed", "7", "--out", str(tmp_path / "few"))
+    for i in range(3):
+        many = (tmp_path / "many" / f"{i:04d}.png").read_bytes()
+        assert many == (tmp_path / "few" / f"{i:04d}.png").read_bytes()
+    assert len(list((tmp_path / "many").glob("*.png"))) == 61
+    output = tiny.ddpm(
+        "reproduce", str(tmp_path / "many" / "0059.png"), "--out", str(tmp_path / "r.png")
+    )
+    assert "bit for bit" in output
+    assert (tmp_path / "r.png").read_bytes() == (tmp_path / "many" / "0059.png").read_bytes()
+    ours = next((tiny.folder / "runs" / "sample").glob("*/0000.png"))
+    assert "bit for bit" in tiny.quick("reproduce", str(ours))
+
+    tampered = tmp_path / "tampered.png"
+    with Image.open(tmp_path / "few" / "0000.png") as image:
+        tampered.write_bytes(png(255 - np.asarray(image)[..., None], {"ddpm": image.info["ddpm"]}))
+    assert "pixels differ" in tiny.quick("reproduce", str(tampered), code=1)
+
+
+# --- disturbed runs -----------------------------------------------------------------------------
+
+
+def assert_ends_like_the_quiet_run(place: Workplace, tiny: Workplace) -> None:
+    """Same weights bit for bit, same history without duplicates, same samples."""
+    assert weights_of(place) == weights_of(tiny)
+    for name in ("loss", "lr", "holdout_loss", "class_accuracy"):
+        assert metric_history(place, name) == metric_history(tiny, name)
+    with database_of(place) as database:
+        assert database.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+    grids = [next((w.folder / "runs" / "sample").glob("*/grid.png")) for w in (place, tiny)]
+    assert grids[0].read_bytes() == grids[1].read_bytes()
+
+
+def test_a_killed_training_worker_is_replaced_and_nothing_changes(
+    tiny: Workplace, tmp_path: Path
+) -> None:
+    place = Workplace(tmp_path)
+    process = place.start(*tiny_command("run"))
+    try:
+        wait_for(lambda: final_step(place) >= 20, 120, "the first checkpoint")
+        victims = ray_workers(process.pid, "RayTrainWorker")
+        assert len(victims) == 2
+        victims[1].kill()
+        output, _ = process.communicate(timeout=200)
+    finally:
+        end(process)
+    assert process.returncode == 0, output
+    assert_ends_like_the_quiet_run(place, tiny)
+
+
+def test_a_killed_driver_leaves_a_state_from_which_the_same_command_ends_the_same(
+    tiny: Workplace, tmp_path: Path
+) -> None:
+    place = Workplace(tmp_path)
+    process = place.start(*tiny_command("run"))
+    children: list[psutil.Process] = []
+    try:
+        wait_for(lambda: final_step(place) >= 20, 120, "the first checkpoint")
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        # Ray's processes end with the driver: nothing is left running
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert alive == []
+    finally:
+        end(process)
+    output = place.quick(*tiny_command("explain"))
+    assert "train      will run  was interrupted, goes on from step-0000000" in output
+    assert "preprocess cached" in output
+    place.run_tiny()
+    assert_ends_like_the_quiet_run(place, tiny)
+
+
+@pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(
+    tiny: Workplace, tmp_path: Path, interrupt: signal.Signals
+) -> None:
+    place = Workplace(tmp_path)
+    process = place.start(*tiny_command("train"))
+    try:
+        wait_for(lambda: final_step(place) >= 20, 120, "the first checkpoint")
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(interrupt)
+        output, _ = process.communicate(timeout=60)
+        _, alive = psutil.wait_procs(children, timeout=60)
+    finally:
+        end(process)
+    assert process.returncode == 130, output
+    assert alive == []
+    assert "interrupted: the same command goes on" in output
+    assert "Traceback" not in output
+    if interrupt == signal.SIGINT:
+        place.run_tiny(verb="train")
+        assert weights_of(place) == weights_of(tiny)
+        assert metric_history(place, "loss") == metric_history(tiny, "loss")
+
+
+def make_photos(folder: Path, count: int = 24) -> None:
+    """Noise photographs large enough that decoding them takes a while, in two classes."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / ("light" if i % 2 else "dark") / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(128 * (i % 2), 128 + 128 * (i % 2), (1200, 1200, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path, compress_level=1)
+
+
+PHOTOS = [
+    "data.image_size=16",
+    "network.attention_at=[8]",
+    "data.channels=3",
+    "data.images_per_shard=2",
+    "data.max_bad_fraction=0.2",
+]
+
+
+def parts(place: Workplace) -> dict[str, bytes]:
+    (folder,) = (path.parent for path in place.folder.glob("runs/preprocess/*/manifest.json"))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.parquet")}
+
+
+def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> None:
+    """Tasks, then the driver, are killed; the parts are those of a quiet run, bit for bit."""
+    photos = tmp_path / "photos"
+    make_photos(photos)
+    (photos / "dark" / "broken.png").write_bytes(b"not an image")
+    (photos / "light" / "empty.png").write_bytes(b"")
+    command = tiny_command("preprocess", f"data.source={photos}", *PHOTOS)
+    quiet = Workplace(tmp_path / "quiet")
+    quiet.folder.mkdir()
+    quiet.ddpm(*command)
+    stats = quiet.manifest("preprocess")["stats"]
+    assert stats["class_names"] == ["dark", "light"]
+    assert stats["class_counts"] == [12, 12]
+    assert sum(stats["num_images"].values()) == 24
+    reasons = {bad["key"]: bad["reason"] for bad in stats["bad"]}
+    assert reasons["light/empty.png"] == "the file is empty"
+    assert reasons["dark/broken.png"].startswith("cannot be decoded")
+    assert stats["num_bad"] == 2
+
+    killed = Workplace(tmp_path / "killed")
+    killed.folder.mkdir()
+    process = killed.start(*command)
+    try:
+        records = lambda: len(list(killed.folder.glob("runs/preprocess/*/parts/*.json")))  # noqa: E731
+        victim = wait_for(lambda: ray_workers(process.pid, "preprocess_shard"), 60, "a task")[0]
+        victim.kill()
+        done = wait_for(records, 60, "a finished shard")
+        process.kill()
+        process.wait()
+    finally:
+        end(process)
+    if not list(killed.folder.glob("runs/preprocess/*/manifest.json")):
+        before = {
+            p: p.stat().st_mtime_ns for p in killed.folder.glob("runs/preprocess/*/parts/*.json")
+        }
+        assert len(before) >= done
+        assert "goes on from what is finished" in killed.quick("explain", *command[1:])
+        killed.ddpm(*command)
+        after = {p: p.stat().st_mtime_ns for p in before}
+        assert after == before, "finished shards are not made again"
+    assert parts(killed) == parts(quiet)
+    assert killed.manifest("preprocess")["id"] == quiet.manifest("preprocess")["id"]
+
+    few = Workplace(tmp_path / "few")
+    few.folder.mkdir()
+    output = few.ddpm(*command, "--set", "data.max_bad_fraction=0.05", code=2)
+    assert "2 of 26 images cannot be used, more than data.max_bad_fraction=0.05" in output
+    assert not list(few.folder.glob("runs/preprocess/*/manifest.json"))
+
+
+def test_a_source_of_nothing_but_bad_images_is_refused(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(3):
+        (photos / f"{i}.png").write_bytes(b"not an image")
+    output = Workplace(tmp_path).run_tiny(f"data.source={photos}", verb="preprocess", code=2)
+    assert "none of its 3 images can be used" in output
+    assert "Traceback" not in output

@@ -1,0 +1,179 @@
+"""MLflow: one run a training, one version a content, and sentences when something is not there."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.torch import save as save_tensors
+
+from pipeline.errors import CorruptArtifact, ModelNotFound, RequestError, StorageError
+from pipeline.registry.models import (
+    ModelReference,
+    find_version,
+    load_model,
+    model_files,
+    parse_reference,
+    read_lineage,
+    register,
+    resolve,
+    set_alias,
+)
+from pipeline.registry.runs import TrackedRun
+from pipeline.serving.engine import ImageRequest
+from tests.test_engine import SETTINGS, alone, make_model
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _artifacts_beside_the_database(uri: str) -> Iterator[None]:
+    """MLflow puts artifacts into ./mlruns of the working folder."""
+    with contextlib.chdir(Path(uri.removeprefix("sqlite:///")).parent):
+        yield
+
+
+def files(name: str = "a") -> dict[str, bytes]:
+    model = make_model([name, "b", "c"])
+    return model_files(model.spec, save_tensors(model.network.state_dict()), {"train_id": "t"})
+
+
+@pytest.fixture(scope="module")
+def champion(uri: str) -> ModelReference:
+    reference = register(TrackedRun(uri, "shapes", "t1", {"lr": 1}), "shapes", files(), {"x": "y"})
+    set_alias(reference, "champion")
+    return reference
+
+
+def test_a_run_is_found_again_and_points_are_not_doubled(uri: str) -> None:
+    first = TrackedRun(uri, "exp", "train-1", {"training.lr": 0.1})
+    first.log_history([{"step": s, "loss": 1 / s} for s in (5, 10, 15)])
+    first.log_image("samples", 10, _png())
+    # another process, which resumed from step 10 and logs 15 again
+    again = TrackedRun(uri, "exp", "train-1", {"training.lr": 0.2})
+    assert again.run_id == first.run_id
+    again.log_history([{"step": s, "loss": 1 / s} for s in (15, 20)])
+    assert again.has_image("samples", 10)
+    again.log_image("samples", 10, _png())
+    again.log_image("samples", 20, _png())
+    history = again.client.get_metric_history(again.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(s, 1 / s) for s in (5, 10, 15, 20)]
+    images = [e.path for e in again.client.list_artifacts(again.run_id, "images")]
+    assert sum(path.endswith(".png") for path in images) == 2
+    assert again.client.get_run(again.run_id).data.params == {"training.lr": "0.1"}
+    assert TrackedRun(uri, "exp", "train-2", {}).run_id != first.run_id
+    again.finish()
+    assert again.client.get_run(again.run_id).info.status == "FINISHED"
+
+
+def _png() -> bytes:
+    from pipeline.data.images import png
+
+    return png(np.zeros((8, 8, 1), np.uint8))
+
+
+def test_the_same_content_twice_is_one_version(uri: str, champion: ModelReference) -> None:
+    run = TrackedRun(uri, "shapes", "t1", {})
+    assert register(run, "shapes", files(), {}) == champion
+    other = register(run, "shapes", files("z"), {})
+    assert int(other.version) == int(champion.version) + 1
+    assert find_version("shapes", champion.digest, uri) == champion
+    assert find_version("shapes", "no such digest", uri) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["shapes@champion", "shapes@1", "models:/shapes@champion", "models:/shapes/1"]
+)
+def test_a_model_is_found_by_alias_and_version(
+    uri: str, champion: ModelReference, text: str
+) -> None:
+    assert resolve(text, uri) == champion
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("nothing@champion", "there is no model 'nothing' in the registry at sqlite"),
+        ("shapes@99", "model 'shapes' has no version or alias '99': versions 1"),
+        ("shapes@best", "no version or alias 'best': versions .*; aliases champion"),
+        ("shapes", "does not name a model: write NAME@ALIAS"),
+        ("a@b@c", "does not name a model"),
+        ("", "does not name a model"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(
+    uri: str, champion: ModelReference, text: str, sentence: str
+) -> None:
+    with pytest.raises(ModelNotFound, match=sentence):
+        resolve(text, uri)
+
+
+def test_parse_reference() -> None:
+    assert parse_reference("digits@champion") == ("digits", "champion")
+    assert parse_reference("models:/digits/7") == ("digits", "7")
+
+
+def test_a_registered_model_is_the_model_that_was_registered(
+    uri: str, champion: ModelReference
+) -> None:
+    model = load_model(champion.uri, uri)
+    original = make_model(["a", "b", "c"])
+    assert model.digest == champion.digest
+    assert model.spec == original.spec
+    request = ImageRequest(0, 0, 1, SETTINGS[1])
+    assert np.array_equal(alone(model, request), alone(original, request))
+    assert read_lineage(champion.uri, uri) == {"train_id": "t"}
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    for name, data in files().items():
+        damaged = data[:-1] + bytes([data[-1] ^ 1]) if name.endswith(".safetensors") else data
+        (tmp_path / name).write_bytes(damaged)
+    with pytest.raises(CorruptArtifact, match="weights.safetensors does not match"):
+        load_model(str(tmp_path))
+    with pytest.raises(ModelNotFound, match="holds neither"):
+        load_model(str(tmp_path / "nowhere"))
+
+
+def test_mlflow_loads_and_predicts(
+    uri: str, champion: ModelReference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_URI", uri
+    )  # what mlflow.set_tracking_uri does, undone after
+    loaded = mlflow.pyfunc.load_model("models:/shapes@champion")
+    request = {"n": 3, "seed": 5, "label": 1, "sampler": "ddim", "steps": 5}
+    images = loaded.predict(request)
+    assert (images.shape, images.dtype) == ((3, 8, 8, 1), np.uint8)
+    wanted = [
+        alone(make_model(["a", "b", "c"]), ImageRequest(5, i, 1, SETTINGS[0])) for i in range(3)
+    ]
+    assert np.array_equal(images, np.stack(wanted))
+    rows = pd.DataFrame([{"n": 2, "seed": 5, "label": 1, "steps": 5}, {"seed": 6, "steps": 5}])
+    table = loaded.predict(rows)
+    assert table.shape == (3, 8, 8, 1)
+    assert np.array_equal(table[:2], images[:2])
+    for wrong, sentence in (
+        ({"step": 5}, "'step' is not one of"),
+        ({"n": 0}, "n=0 must be 1 or more"),
+        ({"label": 9}, "label=9 is not a class"),
+        ({"sampler": "magic"}, "sampler: Input should be"),
+    ):
+        with pytest.raises(RequestError, match=sentence):
+            loaded.predict(wrong)
+
+
+def test_a_store_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be used|cannot write"):
+        TrackedRun(f"sqlite:///{tmp_path}/file/mlflow.db", "e", "t", {})
+    (tmp_path / "no.db").write_bytes(b"this is not a database, but long enough to look at" * 9)
+    with pytest.raises(StorageError, match="MLflow at sqlite.* cannot be used"):
+        TrackedRun(f"sqlite:///{tmp_path}/no.db", "e", "t", {})
