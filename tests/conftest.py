@@ -104,6 +104,8 @@ def end(process: subprocess.Popen[str]) -> None:
         process.kill()
         process.wait()
         psutil.wait_procs(children, timeout=20)
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 def ray_workers(pid: int, title: str) -> list[psutil.Process]:
