@@ -321,13 +321,21 @@ def submit(
     """Run a config as a job on a Ray cluster; the working folder is sent along."""
     from tasks import submit as jobs
 
-    _load(config, set_)  # a mistake is better found here than on the cluster
+    resolved, tracking_uri = _load(config, set_)  # a mistake is better found here than there
     if Path(config).is_absolute():
         raise ConfigError(
             f"{config} must be a path within this folder, which is sent to the cluster"
         )
-    job, follow = jobs.submit(address, config, set_ or [], os.getcwd())
-    console.print(f"submitted {job}; follow it with\n  {follow}")
+    # the job runs in a folder of its own, so places are sent along as they are seen from here
+    places = [
+        f"storage={resolved.storage}",
+        f"data.source={resolved.data.source}",
+        f"tracking.uri={tracking_uri}",
+    ]
+    job, follow = jobs.submit(address, config, [*(set_ or []), *places], os.getcwd())
+    console.print(
+        f"submitted {job}; its outputs go to {resolved.storage}; follow it with\n  {follow}"
+    )
     if wait:
         for text in jobs.follow(address, job):
             print(text, end="", flush=True)
@@ -385,6 +393,17 @@ def _validated(model: Any, prefix: str, **values: Any) -> Any:
         message = problem["msg"].removeprefix("Value error, ")
         shown = f"{prefix}{name} {problem['input']}: " if name and prefix == "--" else ""
         raise RequestError(shown + message[0].lower() + message[1:], name) from error
+
+
+def _use_ray_token() -> None:
+    """Show this user's Ray token, if there is one, to a cluster that is joined or sent a job.
+
+    Ray's own commands do so. `ray.init(address=...)` and the job client do it only if RAY_AUTH_MODE
+    says so when Ray is imported, which is therefore still to come.
+    """
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    if "RAY_AUTH_TOKEN" in os.environ or token.exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 _log_files: list[Path] = []
@@ -445,6 +464,7 @@ def _root_cause(error: BaseException) -> BaseException:
 def execute(arguments: list[str]) -> int:
     """Run a command and turn what it raises into one sentence; returns the exit code."""
     os.environ["MLFLOW_CONFIGURE_LOGGING"] = "false"  # it would print its log lines
+    _use_ray_token()
     try:
         app(arguments)
     except SystemExit as end:

@@ -1,5 +1,7 @@
 """Submit: the same `ddpm run` as a job on a Ray cluster."""
 
+import logging
+import shlex
 import time
 from collections.abc import Iterator
 
@@ -23,24 +25,24 @@ def submit(
     Raises:
         ClusterError: nothing answers at the address, or it refuses the job.
     """
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every file that it packs
     words = ["python", "-m", "tasks", "run", config_path]
     for override in overrides:
         words += ["--set", override]
-    import shlex
-
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(
             entrypoint=shlex.join(words),
             runtime_env={
                 "working_dir": working_dir,
-                "excludes": [".git", ".venv", "runs", "mlruns", "mlflow.db", "samples"],
+                "excludes": ["runs", "mlruns", "mlflow.db", "samples"],
             },
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ClusterError(
             f"cannot submit to {address}: {reason}; give the address of the head's job server, as "
             "in --address http://HEAD:8265"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import Workplace, tiny_command
+from tests.conftest import ROOT, Workplace, tiny_command
 
 
 @pytest.fixture
@@ -84,6 +84,16 @@ def test_models_that_are_not_there(place: Workplace) -> None:
         assert "there is no model 'digits': the registry at" in error_of(output)
     assert list(place.folder.iterdir()) == [], "looking creates nothing"
     assert "does not name a model" in error_of(place.quick("sample", "digits", code=2))
+
+
+def test_a_cluster_that_is_not_there(place: Workplace) -> None:
+    output = place.quick("submit", "configs/digits.yaml", "--address", "http://127.0.0.1:9", code=2)
+    assert "is not a config file" in error_of(output)
+    (place.folder / "digits.yaml").write_bytes((ROOT / "configs" / "digits.yaml").read_bytes())
+    output = place.quick("submit", "digits.yaml", "--address", "http://127.0.0.1:9", code=2)
+    assert "cannot submit to http://127.0.0.1:9: " in error_of(output)
+    output = place.run_tiny("cluster.address=127.0.0.1:9", verb="preprocess", code=2)
+    assert "cannot join the Ray cluster at 127.0.0.1:9" in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

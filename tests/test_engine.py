@@ -214,6 +214,21 @@ def test_the_thread_serves_many_callers_and_survives_a_bad_request(model: Model)
     assert not thread.is_alive
 
 
+def test_callers_hear_of_a_network_that_fails_and_the_thread_goes_on(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread = EngineThread(Engine(model))
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_eps", lambda *_: 1 / 0)
+        futures = [thread.submit(request) for request in crowd()]
+        for future in futures:
+            with pytest.raises(ZeroDivisionError):
+                future.result(timeout=60)
+    request = crowd()[0]
+    assert np.array_equal(thread.submit(request).result(timeout=60), alone(model, request))
+    thread.close()
+
+
 # --- recipes ------------------------------------------------------------------------------------
 
 

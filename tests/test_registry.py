@@ -32,9 +32,9 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _artifacts_beside_the_database(uri: str) -> Iterator[None]:
-    """MLflow puts artifacts into ./mlruns of the working folder."""
-    with contextlib.chdir(Path(uri.removeprefix("sqlite:///")).parent):
+def _artifacts_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """MLflow puts artifacts into ./mlruns of the working folder, which is not that of the store."""
+    with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
         yield
 
 

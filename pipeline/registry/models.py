@@ -127,12 +127,14 @@ def _read_description(uri: str) -> tuple[dict[str, Any], str]:
 
 
 def _download(uri: str, tracking_uri: str) -> str:
+    """A local folder with the files of `models:/NAME/VERSION`."""
     import mlflow.artifacts
 
+    name, version = parse_reference(uri)
     with explained(tracking_uri):
-        path = mlflow.artifacts.download_artifacts(
-            artifact_uri=uri, tracking_uri=tracking_uri, registry_uri=tracking_uri
-        )
+        # by hand: for models:/ MLflow asks the process's own registry, whatever URI it is given
+        source = make_client(tracking_uri).get_model_version(name, version).source
+        path = mlflow.artifacts.download_artifacts(artifact_uri=source, tracking_uri=tracking_uri)
     return str(Path(path))
 
 

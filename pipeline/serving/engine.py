@@ -46,7 +46,7 @@ class ImageRequest:
     sampling: SamplingConfig
 
 
-@dataclass
+@dataclass(eq=False)
 class _Image:
     """An image in hand: at which row of its plan it is, and its x_t."""
 
@@ -140,6 +140,10 @@ class Engine:
         while self.num_images:
             for ticket, pixels in self.step():
                 yield position[ticket], pixels
+
+    def drop_all(self) -> None:
+        """Forget the images in hand."""
+        self._waiting.clear()
 
     def _gather(self) -> list[_Image]:
         """The images of the next call: the oldest whose rows fit."""
@@ -263,5 +267,13 @@ class EngineThread:
                     futures[self.engine.add(request)] = future
                 except Exception as error:
                     future.set_exception(error)
-            for ticket, pixels in self.engine.step():
+            try:
+                finished = self.engine.step()
+            except Exception as error:  # of the network or the device: no caller may wait for ever
+                for future in futures.values():
+                    future.set_exception(error)
+                futures.clear()
+                self.engine.drop_all()
+                continue
+            for ticket, pixels in finished:
                 futures.pop(ticket).set_result(pixels)
