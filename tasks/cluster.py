@@ -49,6 +49,7 @@ def connect(config: ClusterConfig, num_cpus: int | None = None) -> Iterator[str]
                 logging_level=logging.ERROR,
             )
         else:
+            _check_reachable(address)  # Ray itself would try for more than a minute
             context = ray.init(
                 address=address,
                 log_to_driver=False,
@@ -72,6 +73,16 @@ def connect(config: ClusterConfig, num_cpus: int | None = None) -> Iterator[str]
         yield os.path.join(str(context.address_info["session_dir"]), "logs")
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConnectionError unless something listens at HOST:PORT or ray://HOST:PORT."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(f"nothing answers there ({error.strerror or error})") from error
 
 
 def worker_device() -> torch.device:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # importing mlflow takes seconds, which `ddpm config` need no
     from mlflow.tracking import MlflowClient
 
 TRAIN_ID = "ddpm.train_id"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Without it the UI takes a run for one of a language model and hides its curves."""
 
 
 class TrackingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -74,7 +76,9 @@ class TrackedRun:
         with explained(uri):
             found = self.client.get_experiment_by_name(experiment)
             experiment_id = (
-                found.experiment_id if found else self.client.create_experiment(experiment)
+                found.experiment_id
+                if found
+                else self.client.create_experiment(experiment, tags=EXPERIMENT_TAGS)
             )
             runs = self.client.search_runs(
                 [experiment_id], f"tags.`{TRAIN_ID}` = '{train_id}'", max_results=1
