@@ -29,7 +29,7 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     address: str | None = None
     """Of a Ray cluster; by default RAY_ADDRESS, or a local Ray on this machine's cores."""
-    workers: int = Field(default=1, ge=1)
+    workers: int = Field(default=2, ge=1)
     """Data-parallel training workers."""
     cpus_per_worker: int = Field(default=1, ge=1)
     gpus_per_worker: Literal[0, 1] = 0
@@ -186,6 +186,9 @@ def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+_Loader.add_constructor(  # 010 is ten, not eight
+    "tag:yaml.org,2002:int", lambda _, node: int(str(node.value).replace("_", ""))
+)
 
 
 def _parse_yaml(text: str, where: str) -> Any:

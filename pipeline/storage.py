@@ -7,6 +7,7 @@ Locally a file is written beside its place and renamed; object stores make a put
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -189,8 +190,8 @@ def commit(folder: str, manifest: Manifest) -> Manifest:
 def exclusive(lock: str, waiting: Callable[[str], None] = lambda holder: None) -> Iterator[None]:
     """Hold a lock file for this process; a second process waits until the first is gone.
 
-    The kernel lets go of the lock when its holder dies, however it dies. Outputs on object stores
-    are not locked: two writers there write the same bytes under the same names.
+    The kernel lets go of the lock when its holder dies, however it dies. Object stores have no
+    such lock: two runs of the same config at once are each other's competitors there.
 
     Args:
         lock: URI of the lock file.
@@ -231,7 +232,7 @@ def _open_fs(uri: str) -> tuple[Any, str]:
     try:
         with _fs_lock:  # fsspec's registry imports backends lazily
             fs, path = url_to_fs(uri)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # whatever the package of that scheme raises
         raise StorageError(
             f"storage URI {uri!r} cannot be opened ({error}); known schemes are a local path, "
             "s3:// and those of the fsspec packages that are installed"
@@ -259,11 +260,13 @@ def _explained(verb: str, uri: str) -> Iterator[None]:
             "place with --set storage=URI"
         ) from error
     except OSError as error:
-        import errno
-
         if error.errno == errno.ENOSPC:
             raise StorageError(
                 f"cannot {verb} {uri}: the disk is full; free some space and run the "
                 "same command again, finished work is kept"
             ) from error
         raise StorageError(f"cannot {verb} {uri}: {error.strerror or error}") from error
+    except StorageError:
+        raise
+    except Exception as error:  # such as botocore's NoCredentialsError
+        raise StorageError(f"cannot {verb} {uri}: {error}") from error

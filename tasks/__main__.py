@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
-from rich.markup import escape
 from rich.table import Table
 
 from pipeline import storage
@@ -85,7 +84,7 @@ def status(config: ConfigArg, set_: SetOption = None) -> None:
     """Say which stages are done and where their outputs are."""
     table = Table("stage", "state", "output", box=None, pad_edge=False)
     for stage in _plan(*_load(config, set_)).stages:
-        table.add_row(stage.spec.name, "done" if stage.done else "to do", escape(stage.folder))
+        table.add_row(stage.spec.name, "done" if stage.done else "to do", stage.folder)
     console.print(table)
 
 
@@ -106,7 +105,7 @@ def _run_stages(config_path: str, overrides: list[str] | None, target: str) -> N
     config, tracking_uri = _load(config_path, overrides)
     storage.check_writable(config.storage)
     log = _log_to_file(config.storage)
-    plan = _plan(config, tracking_uri, target)
+    plan = _plan(config, tracking_uri, target, remember=True)
     _print_plan(plan)
     if target != "preprocess":
         from pipeline.registry.runs import make_client
@@ -137,7 +136,7 @@ def _run_stages(config_path: str, overrides: list[str] | None, target: str) -> N
 def _print_plan(plan: "Plan") -> None:
     for stage in plan.stages:
         state = "cached  " if stage.done else "will run"
-        console.print(f"{stage.spec.name:<11}{state}  {escape(stage.reason)}")
+        console.print(f"{stage.spec.name:<11}{state}  {stage.reason}")
 
 
 def _print_where_to_look(plan: "Plan", target: str, log: Path) -> None:
@@ -170,7 +169,9 @@ def sample(
     n: Annotated[int, typer.Option("-n", help="Number of images.")] = 16,
     seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
     sampler: Annotated[str, typer.Option(help="ancestral or ddim.")] = "ddim",
-    steps: Annotated[int, typer.Option(help="Network evaluations an image.")] = 50,
+    steps: Annotated[
+        int | None, typer.Option(help="Network evaluations an image; 50 by default.")
+    ] = None,
     label: Annotated[int | None, typer.Option(help="Class to draw; none by default.")] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance weight w.")] = 0.0,
     eta: Annotated[float, typer.Option(help="DDIM's η.")] = 0.0,
@@ -184,24 +185,27 @@ def sample(
     from tasks import cluster
     from tasks import sample as stage
 
-    if not 1 <= n <= 100_000:
-        raise RequestError(f"-n {n} must be from 1 to 100000", "n")
+    if not 1 <= n <= 1_000_000:
+        raise RequestError(f"-n {n} must be from 1 to 1000000", "n")
     if not 0 <= seed < 2**63:
         raise RequestError(f"--seed {seed} must be from 0 to 2**63-1", "seed")
     if mode not in ("exact", "fast"):
         raise RequestError(f"--mode {mode} must be exact or fast", "mode")
-    sampling = _sampling(sampler=sampler, steps=steps, guidance=guidance, eta=eta)
+    values = {"sampler": sampler, "guidance": guidance, "eta": eta}
+    sampling = _sampling(**values, **({} if steps is None else {"steps": steps}))
     reference = resolve(model, _tracking_uri(None))
     spec = load_model(reference.uri, reference.tracking_uri).spec
+    if steps is None:
+        sampling = sampling.model_copy(update={"steps": spec.default_steps})
     requests = [ImageRequest(seed, i, label, sampling) for i in range(n)]
     check_request(spec, requests[0])
     folder = str(out.absolute())
     storage.check_writable(folder)
-    _log_to_file(tempfile.gettempdir())
+    _log_to_file(None)
     with cluster.connect(ClusterConfig()), Board() as board:
         bar = board.add("sample")
         bar.start(n, "samples")
-        columns = max(1, round(n**0.5))
+        columns = max(1, round(min(n, stage.MAX_GRID_IMAGES) ** 0.5))
         stage.draw_to_folder(
             reference,
             requests,
@@ -257,29 +261,36 @@ def reproduce(
 @app.command()
 def serve(
     model: ModelArg,
-    replicas: Annotated[int, typer.Option(help="Copies of the model.")] = 1,
+    replicas: Annotated[
+        int | None, typer.Option(help="Copies of the model; by default as its config said.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
 ) -> None:
     """Serve a registered model over HTTP until Ctrl-C."""
     from pipeline.config import ClusterConfig
     from pipeline.registry.models import resolve
-    from pipeline.serving.api import ServingConfig
     from tasks import cluster
 
-    if replicas < 1:
-        raise ConfigError(f"--replicas {replicas} must be 1 or more")
+    if replicas is not None and not 1 <= replicas <= 1000:
+        raise ConfigError(f"--replicas {replicas} must be from 1 to 1000")
     cluster.check_port_is_free(host, port)
     reference = resolve(model, _tracking_uri(None))
-    log = _log_to_file(tempfile.gettempdir())
-    with cluster.connect(ClusterConfig(), num_cpus=replicas):
-        from tasks import serve as application
+    log = _log_to_file(None)
+    from tasks import serve as application
 
+    serving = application.serving_config(reference)
+    if replicas is not None:
+        serving = serving.model_copy(update={"replicas": replicas})
+    num_cpus = serving.replicas * serving.cpus_per_replica
+    num_gpus = serving.replicas * serving.gpus_per_replica
+    with cluster.connect(ClusterConfig(), num_cpus, num_gpus):
         serve_log = logging.getLogger("ray.serve")  # it has a handler of its own, for the terminal
         serve_log.handlers = logging.getLogger().handlers
         serve_log.propagate = False
-        console.print(f"loading {reference} on {replicas} replica{'s' * (replicas > 1)} ...")
-        application.start(reference, ServingConfig(replicas=replicas), host, port)
+        plural = "s" * (serving.replicas > 1)
+        console.print(f"loading {reference} on {serving.replicas} replica{plural} ...")
+        application.start(reference, model, serving, host, port)
         _treat_sigterm_as_ctrl_c()
         url = f"http://{host}:{port}"
         console.print(f"serving {reference} at {url}/v1/images/generations, Ctrl-C ends it; try")
@@ -322,7 +333,7 @@ def submit(
     from tasks import submit as jobs
 
     resolved, tracking_uri = _load(config, set_)  # a mistake is better found here than there
-    if Path(config).is_absolute():
+    if not Path(config).absolute().resolve().is_relative_to(Path.cwd().resolve()):
         raise ConfigError(
             f"{config} must be a path within this folder, which is sent to the cluster"
         )
@@ -332,7 +343,9 @@ def submit(
         f"data.source={resolved.data.source}",
         f"tracking.uri={tracking_uri}",
     ]
-    job, follow = jobs.submit(address, config, [*(set_ or []), *places], os.getcwd())
+    job, follow = jobs.submit(
+        address, os.path.relpath(config), [*(set_ or []), *places], os.getcwd()
+    )
     console.print(
         f"submitted {job}; its outputs go to {resolved.storage}; follow it with\n  {follow}"
     )
@@ -370,10 +383,12 @@ def _tracking_uri(configured: str | None) -> str:
     return uri
 
 
-def _plan(config: "RunConfig", tracking_uri: str, target: str = "sample") -> "Plan":
+def _plan(
+    config: "RunConfig", tracking_uri: str, target: str = "sample", remember: bool = False
+) -> "Plan":
     from tasks import workflow
 
-    return workflow.plan(config, tracking_uri, target)
+    return workflow.plan(config, tracking_uri, target, remember)
 
 
 def _sampling(**values: Any) -> Any:
@@ -410,9 +425,11 @@ _log_files: list[Path] = []
 """The file that this command logs to, if it does."""
 
 
-def _log_to_file(storage_uri: str) -> Path:
+def _log_to_file(storage_uri: str | None) -> Path:
     """Send what frameworks log and warn of to a file, so that the terminal stays readable."""
-    folder = storage.local_path(storage_uri) or Path(tempfile.gettempdir())
+    folder = storage.local_path(storage_uri) if storage_uri else None
+    if folder is None:  # of this user: others share the machine
+        folder = Path(tempfile.gettempdir()) / f"ray-ddpm-{os.getuid()}"
     folder = folder / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"ddpm-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
@@ -456,9 +473,16 @@ def _shown_uri(uri: str) -> str:
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """The error that a Ray task raised, out of Ray's wrapping."""
-    cause = getattr(error, "cause", None)
-    return _root_cause(cause) if isinstance(cause, BaseException) else error
+    """The error that a Ray task or a training worker raised, out of Ray's wrapping."""
+    failures = getattr(error, "worker_failures", None) or {}
+    inner = [
+        getattr(error, "cause", None),
+        getattr(error, "controller_failure", None),
+        getattr(error, "_base_exc", None),
+        *(failures.values() if isinstance(failures, dict) else ()),
+    ]
+    causes = [cause for cause in inner if isinstance(cause, BaseException)]
+    return _root_cause(causes[0]) if causes else error
 
 
 def execute(arguments: list[str]) -> int:

@@ -18,7 +18,9 @@ def default_address(config: ClusterConfig) -> str | None:
 
 
 @contextlib.contextmanager
-def connect(config: ClusterConfig, num_cpus: int | None = None) -> Iterator[str]:
+def connect(
+    config: ClusterConfig, num_cpus: int | None = None, num_gpus: float | None = None
+) -> Iterator[str]:
     """Ray for the time of a command; yields where its logs are.
 
     A local Ray has a CPU more than the training workers take, so that small tasks (the judge of the
@@ -26,11 +28,16 @@ def connect(config: ClusterConfig, num_cpus: int | None = None) -> Iterator[str]
     kills the children of the thread that started them; so this belongs on the main thread.
 
     Args:
-        num_cpus: the CPUs that the command needs at once, for a local Ray.
+        num_cpus: the CPUs that the command needs at once; by default those of training.
+        num_gpus: likewise.
 
     Raises:
-        ClusterError: the cluster cannot be joined, or lacks the GPUs asked for.
+        ClusterError: the cluster cannot be joined, or lacks what is asked for.
     """
+    if num_cpus is None:
+        num_cpus = config.workers * config.cpus_per_worker
+    if num_gpus is None:
+        num_gpus = config.workers * config.gpus_per_worker
     # libgomp's threads spin at barriers: with more of them than cores a step takes 20 times as long
     environment = {"OMP_WAIT_POLICY": "PASSIVE"}
     for name, value in environment.items():
@@ -40,10 +47,9 @@ def connect(config: ClusterConfig, num_cpus: int | None = None) -> Iterator[str]
     address = default_address(config)
     try:
         if address is None:
-            needed = num_cpus or config.workers * config.cpus_per_worker
             context = ray.init(
                 address="local",
-                num_cpus=max(len(os.sched_getaffinity(0)), needed) + 1,
+                num_cpus=max(_num_cores(), num_cpus) + 1,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -63,21 +69,31 @@ def connect(config: ClusterConfig, num_cpus: int | None = None) -> Iterator[str]
             f"{str(error).splitlines()[0]}; check cluster.address, RAY_ADDRESS and the head"
         ) from error
     try:
-        gpus = ray.cluster_resources().get("GPU", 0)
-        if config.workers * config.gpus_per_worker > gpus:
-            raise ClusterError(
-                f"cluster.workers={config.workers} with cluster.gpus_per_worker="
-                f"{config.gpus_per_worker} needs {config.workers * config.gpus_per_worker} GPUs, "
-                f"but Ray has {gpus:g}: set cluster.gpus_per_worker=0 to train on CPUs"
-            )
+        there = ray.cluster_resources()
+        for kind, needed in (("CPU", num_cpus), ("GPU", num_gpus)):
+            if needed > there.get(kind, 0):
+                raise ClusterError(
+                    f"{needed:g} {kind}s are needed at once, but Ray has {there.get(kind, 0):g}: "
+                    f"lower cluster.workers or cluster.{kind.lower()}s_per_worker "
+                    "(for `ddpm serve`, --replicas), or join a larger cluster"
+                )
         yield os.path.join(str(context.address_info["session_dir"]), "logs")
     finally:
         ray.shutdown()
 
 
+def _num_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _check_reachable(address: str) -> None:
-    """Raise ConnectionError unless something listens at HOST:PORT or ray://HOST:PORT."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    """Raise ConnectionError unless something listens at HOST:PORT."""
+    if address.startswith("ray://"):
+        raise ConnectionError("Ray Client is not supported; use HOST:PORT or `ddpm submit`")
+    host, colon, port = address.rpartition(":")
     if colon and port.isdigit():
         try:
             socket.create_connection((host, int(port)), timeout=10).close()

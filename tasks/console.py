@@ -19,7 +19,7 @@ from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 5.0
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 class _RateColumn(ProgressColumn):

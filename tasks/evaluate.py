@@ -52,9 +52,13 @@ def run(ctx: StageContext) -> Outcome:
     holdout = ray.remote(num_cpus=1, max_retries=3)(measure_holdout).remote(
         uri, ctx.inputs["preprocess"], config.seed
     )
-    pixels = draw_on_cluster(
-        uri, None, requests, "exact", config.cluster.gpus_per_worker, ctx.progress.update
-    )
+    pixels = np.empty((n, spec.image_size, spec.image_size, spec.channels), np.uint8)
+    drawn = 0
+    gpus = config.cluster.gpus_per_worker
+    for start, chunk in draw_on_cluster(uri, None, requests, "exact", gpus):
+        pixels[start : start + len(chunk)] = chunk
+        drawn += len(chunk)
+        ctx.progress.update(drawn)
     protocol = {
         "n": n,
         "weights": "ema",
@@ -134,6 +138,6 @@ def _record(ctx: StageContext, metrics: dict[str, Any], files: dict[str, bytes])
     run = ctx.tracked_run()
     if "class_accuracy" in metrics:
         accuracy = metrics["class_accuracy"]["value"]
-        run.log_history([{"step": ctx.config.training.steps, "class_accuracy": accuracy}])
+        run.log_figures(ctx.config.training.steps, {"class_accuracy": accuracy})
     for name, data in files.items():
         run.log_artifact("evaluation", name, data)

@@ -1,10 +1,12 @@
-"""Sampling over the cluster: requests in, images out, in order.
+"""Sampling over the cluster: requests in, images out.
 
 Images are addressed by (seed, index), so how they are dealt to tasks has no part in their pixels.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import ray
@@ -43,23 +45,20 @@ def draw_on_cluster(
     requests: Sequence[ImageRequest],
     mode: Mode,
     gpus_per_task: int = 0,
-    on_done: Callable[[int], None] = lambda n: None,
-) -> np.ndarray:
-    """The images of `requests`, in order: (N, H, W, C) uint8.
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Draw `requests` in chunks, in tasks; yields (start, (n, H, W, C) uint8) as chunks finish.
 
     Args:
         uri: of the model, see `load_model`.
-        on_done: called with the number of finished images as tasks end.
     """
-    tasks = {}
     remote = _draw_task.options(num_cpus=1, num_gpus=gpus_per_task)
-    for start in range(0, len(requests), IMAGES_PER_TASK):
-        chunk = list(requests[start : start + IMAGES_PER_TASK])
-        tasks[remote.remote(uri, tracking_uri, chunk, mode)] = start
-    parts: dict[int, np.ndarray] = {}
-    pending = list(tasks)
-    while pending:
-        (ready, *_), pending = ray.wait(pending, num_returns=1)
-        parts[tasks[ready]] = ray.get(ready)
-        on_done(sum(len(part) for part in parts.values()))
-    return np.concatenate([parts[start] for start in sorted(parts)])
+    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # bounds what waits in memory
+    starts = deque(range(0, len(requests), IMAGES_PER_TASK))
+    running: dict[Any, int] = {}
+    while starts or running:
+        while starts and len(running) < limit:
+            start = starts.popleft()
+            chunk = list(requests[start : start + IMAGES_PER_TASK])
+            running[remote.remote(uri, tracking_uri, chunk, mode)] = start
+        (ready, *_), _ = ray.wait(list(running), num_returns=1)
+        yield running.pop(ready), ray.get(ready)

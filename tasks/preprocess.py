@@ -21,8 +21,12 @@ from tasks.stage import Outcome, StageContext
 MAX_NAMED_BAD_IMAGES = 1000
 
 
-def scan_source(config: DataConfig, storage_uri: str) -> Source:
-    """The source's items; the hashes of its files are remembered in the storage between runs."""
+def scan_source(config: DataConfig, storage_uri: str, remember: bool) -> Source:
+    """The source's items.
+
+    Args:
+        remember: keep the hashes of its files in the storage, for the next scan.
+    """
     index_uri = storage.join(
         storage_uri, "preprocess", f"index-{storage.digest(config.source)}.json"
     )
@@ -33,7 +37,7 @@ def scan_source(config: DataConfig, storage_uri: str) -> Source:
         except (FileNotFoundError, ValueError):
             index = {}
     source, entries = scan(config.source, index)
-    if {key: tuple(entry) for key, entry in index.items()} != entries:
+    if remember and {key: tuple(entry) for key, entry in index.items()} != entries:
         storage.write_json(index_uri, entries)
     return source
 
@@ -46,6 +50,8 @@ def preprocess_shard(
     bad: list[dict[str, str]] = []
     for item, raw in read(shard):
         try:
+            if raw is None:
+                raise BadImage("the file cannot be read")
             pixels = decode(raw, config.image_size, config.channels)
         except BadImage as error:
             bad.append({"key": item.key, "reason": str(error)})
@@ -100,10 +106,8 @@ def run(ctx: StageContext, source: Source) -> Outcome:
     return _outcome(ctx, source, [records[i] for i in range(len(shards))])
 
 
-def _outcome(ctx: StageContext, source: Source, records: list[dict[str, Any]]) -> Outcome:
-    config = ctx.config.data
-    bad = [image for record in records for image in record["bad"]]
-    total = len(source.items)
+def check_bad_share(bad: list[dict[str, str]], total: int, config: DataConfig) -> None:
+    """Raise DataError if none of `total` images is left, or more are bad than the config allows."""
     named = "; ".join(f"{image['key']}: {image['reason']}" for image in bad[:3])
     if len(bad) == total:
         raise DataError(
@@ -115,6 +119,13 @@ def _outcome(ctx: StageContext, source: Source, records: list[dict[str, Any]]) -
             f"than data.max_bad_fraction={config.max_bad_fraction} allows ({named}); mend or "
             "remove them, or raise the share"
         )
+
+
+def _outcome(ctx: StageContext, source: Source, records: list[dict[str, Any]]) -> Outcome:
+    config = ctx.config.data
+    bad = [image for record in records for image in record["bad"]]
+    total = len(source.items)
+    check_bad_share(bad, total, config)
     num_images = {split: sum(record["num_images"][split] for record in records) for split in SPLITS}
     if not num_images["train"]:
         raise DataError(

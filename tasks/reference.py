@@ -6,7 +6,7 @@ from typing import Any
 import ray
 
 from pipeline import storage
-from pipeline.data.shards import read_split
+from pipeline.data.shards import NO_LABEL, read_split
 from pipeline.evaluation.features import to_files, train_classifier
 from pipeline.storage import FileEntry
 from tasks.stage import Outcome, StageContext
@@ -17,6 +17,8 @@ def fit_reference(
 ) -> tuple[list[FileEntry], dict[str, Any]]:
     """Fit the classifier and write it below `folder`."""
     train, holdout = read_split(shard_set, "train"), read_split(shard_set, "holdout")
+    if (train.labels == NO_LABEL).all():
+        return [], {"holdout_accuracy": None}
     classifier = train_classifier(train, holdout, num_classes, seed, epochs)
     files = [
         storage.write_bytes(storage.join(folder, name), data)

@@ -1,12 +1,15 @@
 """Register: an evaluated checkpoint to a version in the MLflow registry, with its lineage."""
 
+import json
 from typing import Any
 
 import ray
 
 from pipeline import storage
+from pipeline.config import RunConfig
 from pipeline.registry.models import (
     MODEL_JSON,
+    SERVING_TAG,
     ModelReference,
     find_version,
     model_files,
@@ -44,6 +47,7 @@ def run(ctx: StageContext) -> Outcome:
     weights = storage.read_bytes(storage.join(info.uri, "ema.safetensors"))
 
     run = ctx.tracked_run()
+    run.log_history(info.history)  # a store that is new to this training has none of it
     lineage = {
         "mlflow_run_id": run.run_id,
         "train_id": train.id,
@@ -56,7 +60,7 @@ def run(ctx: StageContext) -> Outcome:
         "ray": ray.__version__,
     }
     files = model_files(ModelSpec.model_validate(info.state["spec"]), weights, lineage)
-    reference = register(run, ctx.config.name, files, _tags(lineage, scores.stats))
+    reference = register(run, ctx.config.name, files, _tags(ctx.config, lineage, scores.stats))
     set_alias(reference, ctx.config.registry.alias)
     ctx.progress.update(1)
     entries = [
@@ -66,9 +70,10 @@ def run(ctx: StageContext) -> Outcome:
     return Outcome(entries, {"version": reference.version, "model_digest": reference.digest})
 
 
-def _tags(lineage: dict[str, Any], scores: dict[str, Any]) -> dict[str, str]:
+def _tags(config: RunConfig, lineage: dict[str, Any], scores: dict[str, Any]) -> dict[str, str]:
     names = ("train_id", "shard_set_id", "source", "source_sha256", "evaluate_id", "step")
-    tags = {f"ddpm.{name}": str(lineage[name]) for name in names}
+    serving = json.dumps(config.serving.model_dump())
+    tags = {f"ddpm.{name}": str(lineage[name]) for name in names} | {SERVING_TAG: serving}
     if "class_accuracy" in scores:
         tags["ddpm.class_accuracy"] = f"{scores['class_accuracy']['value']:.4f}"
     return tags

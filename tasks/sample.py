@@ -18,6 +18,7 @@ from tasks.fanout import draw_on_cluster
 from tasks.stage import Outcome, StageContext
 
 IMAGES_PER_CLASS = 8
+MAX_GRID_IMAGES = 400
 
 
 def draw_to_folder(
@@ -29,25 +30,34 @@ def draw_to_folder(
     on_done: Callable[[int], None] = lambda n: None,
     gpus_per_task: int = 0,
 ) -> list[FileEntry]:
-    """Draw images on the cluster and write them as 0000.png, ... and grid.png."""
-    pixels = draw_on_cluster(model.uri, model.tracking_uri, requests, mode, gpus_per_task, on_done)
+    """Draw images on the cluster and write them as they come: 0000.png, ... and grid.png.
+
+    The grid shows the first MAX_GRID_IMAGES.
+    """
     device = "cuda" if gpus_per_task else "cpu"
-    files = []
-    for i, (image, request) in enumerate(zip(pixels, requests, strict=True)):
-        recipe = Recipe(
-            model=str(model),
-            model_digest=model.digest,
-            seed=request.seed,
-            index=request.index,
-            label=request.label,
-            sampling=request.sampling,
-            mode=mode,
-            made_with=fingerprint(device),
-        )
-        uri = storage.join(folder, f"{i:04d}.png")
-        files.append(storage.write_bytes(uri, encode(image, recipe)))
-    files.append(storage.write_bytes(storage.join(folder, "grid.png"), grid(pixels, columns)))
-    return files
+    files: dict[int, FileEntry] = {}
+    shown: dict[int, np.ndarray] = {}
+    chunks = draw_on_cluster(model.uri, model.tracking_uri, requests, mode, gpus_per_task)
+    for start, pixels in chunks:
+        for i, image in enumerate(pixels, start):
+            recipe = Recipe(
+                model=str(model),
+                model_digest=model.digest,
+                seed=requests[i].seed,
+                index=requests[i].index,
+                label=requests[i].label,
+                sampling=requests[i].sampling,
+                mode=mode,
+                made_with=fingerprint(device),
+            )
+            uri = storage.join(folder, f"{i:04d}.png")
+            files[i] = storage.write_bytes(uri, encode(image, recipe))
+            if i < MAX_GRID_IMAGES:
+                shown[i] = image
+        on_done(len(files))
+    sheet = grid(np.stack([shown[i] for i in sorted(shown)]), columns)
+    entry = storage.write_bytes(storage.join(folder, "grid.png"), sheet)
+    return [files[i] for i in sorted(files)] + [entry]
 
 
 def run(ctx: StageContext, model: ModelReference) -> Outcome:
@@ -56,7 +66,9 @@ def run(ctx: StageContext, model: ModelReference) -> Outcome:
     spec = load_model(model.uri, model.tracking_uri).spec
     labels: list[int | None] = [None] * IMAGES_PER_CLASS**2
     if spec.num_classes:
-        labels = [label for label in range(spec.num_classes) for _ in range(IMAGES_PER_CLASS)]
+        labels = [
+            label for label in range(min(spec.num_classes, 50)) for _ in range(IMAGES_PER_CLASS)
+        ]
     seed = key(config.seed, "grid") >> 1
     sampling = spec.admissible(config.sampling)
     requests = [ImageRequest(seed, i, label, sampling) for i, label in enumerate(labels)]

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import logging
 import secrets
 import time
 from typing import Any
@@ -16,11 +17,12 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from pipeline.errors import RequestError
-from pipeline.registry.models import ModelReference, load_model
+from pipeline.registry.models import SERVING_TAG, ModelReference, load_model, read_tag
 from pipeline.samplers.model import ModelSpec
 from pipeline.samplers.plan import SamplingConfig
 from pipeline.serving.api import (
@@ -36,6 +38,8 @@ from tasks.cluster import worker_device
 
 APPLICATION = "ddpm"
 MAX_BODY_BYTES = 64 * 1024
+ATTEMPTS = 3
+"""Replicas that may die over an image before its request fails."""
 IMAGES_IN_HAND_PER_REPLICA = 256
 
 http = FastAPI(title="ray-ddpm", docs_url=None, redoc_url=None)
@@ -102,9 +106,12 @@ def _too_many() -> JSONResponse:
 class Ingress:
     """HTTP in, images out."""
 
-    def __init__(self, sampler: Any, model: ModelReference, config: ServingConfig) -> None:
+    def __init__(
+        self, sampler: Any, model: ModelReference, called: str, config: ServingConfig
+    ) -> None:
         self.sampler = sampler
         self.name = str(model)
+        self.names = {self.name, model.name, called}
         self.config = config
         self.spec: ModelSpec | None = None
         self.digest = self.device = ""
@@ -112,10 +119,25 @@ class Ingress:
 
     async def _describe(self) -> ModelSpec:
         if self.spec is None:
-            facts = await self.sampler.describe.remote()
-            self.digest, self.device = facts["digest"], facts["device"]
-            self.spec = ModelSpec.model_validate(facts["spec"])
+            await self._ask_a_replica()
+        assert self.spec is not None
         return self.spec
+
+    async def _ask_a_replica(self) -> None:
+        facts = await self.sampler.describe.remote()
+        self.digest, self.device = facts["digest"], facts["device"]
+        self.spec = ModelSpec.model_validate(facts["spec"])
+
+    async def _draw(self, image: ImageRequest, mode: Mode) -> tuple[np.ndarray, str]:
+        """One image, from another replica if one dies over it: the pixels are the same."""
+        for attempt in range(ATTEMPTS):
+            try:
+                drawn: tuple[np.ndarray, str] = await self.sampler.draw.remote(image, mode)
+                return drawn
+            except RayActorError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError
 
     @http.post("/v1/images/generations")
     async def generate(self, request: Request) -> JSONResponse:
@@ -131,19 +153,23 @@ class Ingress:
             return JSONResponse(body, status)
         except BackPressureError:
             return _too_many()
-        except DeploymentUnavailableError:
+        except (DeploymentUnavailableError, RayActorError):
             return JSONResponse(error_body("no replica of the model is up", "server_error"), 503)
+        except Exception:
+            logging.getLogger("ray.serve").exception("a request failed")
+            message = "the service failed to draw the images; its log says why"
+            return JSONResponse(error_body(message, "server_error"), 500)
         finally:
             self.num_running -= 1
 
     async def _generate(self, body: Any) -> JSONResponse:
         spec = await self._describe()
-        request = parse_request(body, spec, self.name, self.config.max_images)
+        request = parse_request(body, spec, self.names, self.config.max_images)
         seed = secrets.randbits(63) if request.seed is None else request.seed
         mode = request.mode or self.config.mode
         images = image_requests(request, spec, seed)
         check_request(spec, images[0])
-        drawn = await asyncio.gather(*(self.sampler.draw.remote(image, mode) for image in images))
+        drawn = await asyncio.gather(*(self._draw(image, mode) for image in images))
         data = []
         for image, (pixels, replica) in zip(images, drawn, strict=True):
             recipe = Recipe(
@@ -196,26 +222,36 @@ class Ingress:
     @http.get("/readyz")
     async def readyz(self) -> JSONResponse:
         try:
-            await asyncio.wait_for(self._describe(), timeout=5)
-        except (TimeoutError, DeploymentUnavailableError):
+            await asyncio.wait_for(self._ask_a_replica(), timeout=5)
+        except (TimeoutError, DeploymentUnavailableError, RayActorError):
             return JSONResponse(error_body("the model is not loaded yet", "server_error"), 503)
         return JSONResponse({"status": "ready", "model": self.name})
 
 
-def application(model: ModelReference, config: ServingConfig) -> serve.Application:
-    """The application: an ingress over `config.replicas` samplers."""
+def serving_config(model: ModelReference) -> ServingConfig:
+    """How the config that made a version says to serve it."""
+    tag = read_tag(model, SERVING_TAG)
+    return ServingConfig.model_validate_json(tag) if tag else ServingConfig()
+
+
+def application(model: ModelReference, called: str, config: ServingConfig) -> serve.Application:
+    """The application: an ingress over `config.replicas` samplers.
+
+    Args:
+        called: how the user named the model; a request may name it so too.
+    """
     options = {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica}
     # the decorators make deployments of the classes, which mypy does not see
     deployment: Any = Sampler
     ingress: Any = Ingress
     sampler = deployment.options(num_replicas=config.replicas, ray_actor_options=options)
-    return ingress.bind(sampler.bind(model), model, config)
+    return ingress.bind(sampler.bind(model), model, called, config)
 
 
-def start(model: ModelReference, config: ServingConfig, host: str, port: int) -> None:
+def start(model: ModelReference, called: str, config: ServingConfig, host: str, port: int) -> None:
     """Deploy on the connected Ray and return when the model is loaded and answers."""
     serve.start(http_options=HTTPOptions(host=host, port=port))
-    serve.run(application(model, config), name=APPLICATION, route_prefix="/")
+    serve.run(application(model, called, config), name=APPLICATION, route_prefix="/")
 
 
 def wait_until_interrupted() -> None:

@@ -38,7 +38,7 @@ def submit(
             entrypoint=shlex.join(words),
             runtime_env={
                 "working_dir": working_dir,
-                "excludes": ["runs", "mlruns", "mlflow.db", "samples"],
+                "excludes": ["runs", "mlruns", "mlflow.db*", "samples"],
             },
         )
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:

@@ -30,17 +30,16 @@ from pipeline.data.batches import Batches
 from pipeline.data.images import grid
 from pipeline.data.shards import read_split
 from pipeline.diffusion.schedules import make_schedule
-from pipeline.errors import TrainingDiverged
+from pipeline.errors import PipelineError, TrainingDiverged
 from pipeline.evaluation.metrics import holdout_loss
 from pipeline.registry.models import load_model
 from pipeline.samplers.model import ModelSpec
 from pipeline.samplers.plan import SamplingConfig
 from pipeline.seeding import key
-from pipeline.serving.engine import ImageRequest
+from pipeline.serving.engine import Engine, ImageRequest
 from pipeline.storage import FileEntry
 from pipeline.training import checkpoint, parallel
 from pipeline.training.loop import make_state, train
-from tasks.fanout import draw
 from tasks.stage import Outcome, StageContext
 
 PREVIEW_STEPS = 25
@@ -86,8 +85,13 @@ class Job:
 
 
 def train_worker(job: dict[str, Job]) -> None:
-    """The life of one rank: load, resume, train, log, checkpoint."""
-    _train_rank(job["job"])
+    """The life of one rank. An error of ours would come again after a restart: it is reported."""
+    try:
+        _train_rank(job["job"])
+    except PipelineError as error:
+        ray.get(job["job"].reporter.push.remote({"error": error}))
+        # the other ranks may wait for this one, so the group must end with it
+        raise
 
 
 def _train_rank(job: Job) -> None:
@@ -133,8 +137,11 @@ def _train_rank(job: Job) -> None:
         if record.step % training.log_every == 0 or last:
             loss = parallel.mean_over_ranks(torch.stack(losses).mean())
             if not math.isfinite(loss):  # the same on all ranks; nothing of it is saved
-                job.reporter.push.remote({"diverged_at": record.step})
-                return
+                raise TrainingDiverged(
+                    f"the training loss is not finite at step {record.step}; the checkpoints "
+                    "before it are kept: try a lower training.lr, more training.warmup_steps or "
+                    "less training.grad_clip"
+                )
             seconds, since = time.monotonic() - since, time.monotonic()
             history.append(
                 {
@@ -169,10 +176,16 @@ def preview(uri: str, shard_set: str, guidance: float, seed: int) -> tuple[bytes
         ImageRequest(key(seed, "preview") >> 1, i, label, sampling)
         for i, label in enumerate(labels)
     ]
-    pixels = draw(uri, None, requests, "exact")
+    pixels = np.stack(
+        [pixels for _, pixels in sorted(Engine(model).generate(requests), key=_first)]
+    )
     columns = PREVIEW_IMAGES_PER_CLASS * 2 if num_classes else 4
     loss, _ = holdout_loss(model, read_split(shard_set, "holdout"), seed)
     return grid(pixels, columns), loss
+
+
+def _first(pair: tuple[int, np.ndarray]) -> int:
+    return pair[0]
 
 
 class Previews:
@@ -209,9 +222,9 @@ class Previews:
                 logging.getLogger(__name__).warning("no preview of step %d: %s", step, error)
                 continue
             run = self.ctx.tracked_run()
-            run.log_image("samples", step, png)
             if math.isfinite(loss):
                 run.log_history([{"step": step, "holdout_loss": loss}])
+            run.log_image("samples", step, png)  # last: its presence means that both are there
 
 
 def run(ctx: StageContext) -> Outcome:
@@ -268,11 +281,11 @@ def run(ctx: StageContext) -> Outcome:
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    diverged_at = None
     while True:
         alive = thread.is_alive()
         for record in ray.get(reporter.take.remote()):
-            diverged_at = record.get("diverged_at", diverged_at)
+            if "error" in record:
+                raise record["error"]
             _log(ctx, record)
             if "checkpoint" in record:
                 previews.add(record["step"], record["checkpoint"])
@@ -282,11 +295,6 @@ def run(ctx: StageContext) -> Outcome:
         thread.join(timeout=0.5)
     if failure:
         raise failure[0]
-    if diverged_at is not None:
-        raise TrainingDiverged(
-            f"the training loss is not finite at step {diverged_at}; the checkpoints before it are "
-            "kept: try a lower training.lr, more training.warmup_steps or less training.grad_clip"
-        )
     ctx.progress.update(config.training.steps, "previews")
     previews.poll(wait=True)
     storage.remove(storage.join(ctx.folder, "ray"))
@@ -304,6 +312,7 @@ def _log(ctx: StageContext, record: dict[str, Any]) -> None:
 
 def _outcome(ctx: StageContext) -> Outcome:
     info = checkpoint.read(ctx.folder, ctx.config.training.steps)
+    ctx.tracked_run().log_history(info.history)  # what a lost reporter did not pass on
     name = checkpoint.checkpoint_name(info.step)
     files = []
     for file in [*info.state["files"], checkpoint.STATE]:

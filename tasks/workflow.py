@@ -52,7 +52,7 @@ STAGES = (
     StageSpec("reference", ("seed", "evaluation.classifier_epochs"), ("preprocess",)),
     StageSpec("train", ("seed", "network", "diffusion", "training"), ("preprocess",)),
     StageSpec("evaluate", ("seed", "evaluation", "sampling"), ("preprocess", "train", "reference")),
-    StageSpec("register", ("name", "registry"), ("preprocess", "train", "evaluate")),
+    StageSpec("register", ("name", "registry", "serving"), ("preprocess", "train", "evaluate")),
     StageSpec("sample", ("seed", "sampling"), ("register",)),
 )
 
@@ -75,6 +75,8 @@ class PlannedStage:
     folder: str
     done: bool
     reason: str
+    outdated: bool = False
+    """There is an output, but it must be made anew."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,16 @@ class Plan:
         return next(planned.folder for planned in self.stages if planned.spec.name == stage)
 
 
-def plan(config: RunConfig, tracking_uri: str, target: str = "sample") -> Plan:
-    """Look at the source and the storage: what stands, what must run and why. Starts nothing."""
+def plan(
+    config: RunConfig, tracking_uri: str, target: str = "sample", remember: bool = False
+) -> Plan:
+    """Look at the source and the storage: what stands, what must run and why.
+
+    Starts nothing and writes nothing, unless the hashes of the source's files are to be remembered.
+    """
     from tasks import preprocess, register
 
-    source = preprocess.scan_source(config.data, config.storage)
+    source = preprocess.scan_source(config.data, config.storage, remember)
     fingerprint = storage.digest(source.fingerprint())
     planned: dict[str, PlannedStage] = {}
     for spec in needed_for(target):
@@ -114,7 +121,8 @@ def plan(config: RunConfig, tracking_uri: str, target: str = "sample") -> Plan:
             done, reason = False, f"the version it made is not in the registry at {tracking_uri}"
         else:
             done, reason = True, f"stands since {manifest.created_at}"
-        planned[spec.name] = PlannedStage(spec, stage_id, folder, done, reason)
+        outdated = not done and manifest is not None
+        planned[spec.name] = PlannedStage(spec, stage_id, folder, done, reason, outdated)
     return Plan(config, tracking_uri, source, tuple(planned.values()))
 
 
@@ -288,8 +296,7 @@ def _run_stage(
         lock = storage.join(stage.folder, ".lock")
         with storage.exclusive(lock, lambda pid: _say_who(bar, pid)):
             there = storage.read_manifest(stage.folder)
-            # register is run again although its manifest stands when the registry lost its version
-            if there is not None and name != "register":
+            if there is not None and not stage.outdated:
                 outcome = "made by another run"
             else:
                 context = StageContext(

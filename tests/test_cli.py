@@ -28,6 +28,7 @@ def error_of(output: str) -> str:
         (["data.source=nowhere"], "does not exist"),
         (["storage=/proc/nowhere"], "cannot write to /proc/nowhere"),
         (["storage=nosuch://x"], "cannot be opened"),
+        (["storage=s3://bucket/runs"], "cannot write to s3://bucket/runs"),
         (["tracking.uri=nosuch://x"], "MLflow at nosuch://x cannot be used"),
     ],
 )
@@ -72,6 +73,13 @@ def test_explain_starts_nothing(place: Workplace) -> None:
     assert output.count("will run") == 6
     assert "preprocess will run  has no output yet" in output
     assert not (place.folder / "runs").exists()
+
+
+def test_explain_writes_nothing_for_a_folder_either(place: Workplace) -> None:
+    (place.folder / "photos").mkdir()
+    (place.folder / "photos" / "a.png").write_bytes(b"x")
+    place.quick(*tiny_command("explain", "data.source=photos"))
+    assert [path.name for path in place.folder.iterdir()] == ["photos"]
 
 
 def test_models_that_are_not_there(place: Workplace) -> None:

@@ -100,6 +100,22 @@ def test_a_fingerprint_is_of_content_and_a_second_scan_reads_nothing(
     assert changed.fingerprint() != first.fingerprint()
 
 
+def test_a_file_that_changes_after_the_scan_is_noticed(tmp_path: Path) -> None:
+    source, _ = sources.scan(str(make_folder(tmp_path)))
+    (tmp_path / "e.png").write_bytes(b"another")
+    (shard,) = sources.cut(source, 10)
+    with pytest.raises(DataError, match="'e.png' changed while the source was being read"):
+        list(sources.read(shard))
+
+
+def test_a_dangling_link_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:
+    (make_folder(tmp_path) / "f.png").symlink_to(tmp_path / "nowhere.png")
+    source, _ = sources.scan(str(tmp_path))
+    read = {item.key: raw for item, raw in sources.read(sources.cut(source, 10)[0])}
+    assert read["f.png"] is None
+    assert sum(raw is not None for raw in read.values()) == 4
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -154,6 +170,12 @@ def test_every_mode_of_a_grey_ramp_comes_out_as_that_ramp(mode: str) -> None:
     assert np.abs(got.astype(int) - ramp).max() <= tolerance
     assert got[:, 0].max() == 0
     assert got[:, -1].min() >= 253
+
+
+def test_a_float_image_from_0_to_1_is_not_black() -> None:
+    ramp = Image.fromarray((gradient() / 255).astype(np.float32))
+    got = decode(encoded(ramp, "TIFF"), 16, 1)[..., 0]
+    assert np.abs(got.astype(int) - gradient()).max() <= 1
 
 
 def test_transparent_pixels_show_white() -> None:

@@ -214,6 +214,22 @@ def test_the_thread_serves_many_callers_and_survives_a_bad_request(model: Model)
     assert not thread.is_alive
 
 
+def test_a_cancelled_image_makes_room(model: Model) -> None:
+    thread = EngineThread(Engine(model))
+    long = [
+        ImageRequest(0, i, 0, SamplingConfig(sampler="ancestral", steps=1000)) for i in range(16)
+    ]
+    futures = [thread.submit(request) for request in long]
+    last = thread.submit(crowd()[0])
+    for future in futures:
+        assert future.cancel()
+    assert np.array_equal(last.result(timeout=60), alone(model, crowd()[0]))
+    assert thread.engine.num_calls < 900, "the long ones were not drawn to their end"
+    waiting = thread.submit(long[0])
+    thread.close()
+    assert waiting.cancelled()
+
+
 def test_callers_hear_of_a_network_that_fails_and_the_thread_goes_on(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

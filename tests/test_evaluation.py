@@ -36,7 +36,7 @@ def digits() -> tuple[ImageSet, ImageSet]:
 @pytest.fixture(scope="module")
 def judge() -> TrainedClassifier:
     train, holdout = digits()
-    return train_classifier(train, holdout, 10, seed=0, epochs=8)
+    return train_classifier(train, holdout, 10, seed=0, epochs=15)
 
 
 def test_the_judge_knows_held_out_digits(judge: TrainedClassifier) -> None:

@@ -51,18 +51,16 @@ def test_time_and_label_reach_the_output() -> None:
 def test_every_parameter_gets_a_gradient() -> None:
     """None may hang loose: data-parallel training would wait for it for ever."""
     network = make(num_classes=10).train()
-    label = torch.arange(11)
+    for parameter in network.parameters():  # zero-initialised layers let nothing through
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
     x = torch.randn(11, 1, 8, 8)
-    for _ in range(3):  # zero-initialised layers pass gradients on after a first step
-        loss = F.mse_loss(network(x, torch.arange(11) * 90, label), torch.randn_like(x))
-        network.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter -= 0.1 * parameter.grad.sign()
-    missing = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
-    # a convolution's bias before a norm of one-channel groups has no effect; there is none here
-    assert missing == []
+    out = network(x, torch.arange(11) * 90, torch.arange(11))
+    F.mse_loss(out, torch.randn_like(x)).backward()
+    largest = {name: p.grad.abs().max() for name, p in network.named_parameters()}
+    # a parameter without effect has a gradient of rounding errors
+    idle = [name for name, value in largest.items() if value < 1e-5 * max(largest.values())]
+    assert idle == []
 
 
 def test_the_sinusoidal_embedding_tells_neighbours_apart_in_any_precision() -> None:

@@ -3,8 +3,11 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import sqlite3
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,9 @@ import pytest
 from PIL import Image
 
 from pipeline.data.images import png
+from pipeline.data.sources import DataConfig
+from pipeline.errors import DataError
+from tasks.preprocess import check_bad_share
 from tests.conftest import Workplace, end, ray_workers, tiny_command, wait_for
 
 pytestmark = pytest.mark.ray
@@ -122,9 +128,23 @@ def test_a_changed_value_reaches_what_is_downstream_of_it(tiny: Workplace) -> No
 
 
 def test_a_registry_that_was_lost_is_filled_again(tiny: Workplace, tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/other.db"
-    output = tiny.quick(*tiny_command("explain", f"tracking.uri={uri}"))
+    place = Workplace(tmp_path)
+    shutil.copytree(tiny.folder / "runs", place.folder / "runs")
+    output = place.run_tiny()
     assert "register   will run  the version it made is not in the registry at" in output
+    for stage, outcome in (("train", "cached"), ("register", "done"), ("sample", "done")):
+        assert re.search(rf"^{stage} +{outcome} ", output, re.MULTILINE), output
+    assert metric_history(place, "loss") == metric_history(tiny, "loss")
+    png_path = next((place.folder / "runs" / "sample").glob("*/0000.png"))
+    assert "bit for bit" in place.quick("reproduce", str(png_path))
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_no_retry(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    output = place.run_tiny("training.lr=1e30", "training.warmup_steps=0", verb="train", code=1)
+    assert "error: the training loss is not finite at step" in output.splitlines()[-1]
+    assert "Traceback" not in output
+    assert final_step(place) == 0, "nothing of it is saved"
 
 
 def test_lineage_leads_from_the_version_to_the_source(tiny: Workplace) -> None:
@@ -221,37 +241,42 @@ def test_a_killed_driver_leaves_a_state_from_which_the_same_command_ends_the_sam
     assert psutil.wait_procs(children, timeout=90)[1] == []
 
 
-def test_ctrl_c_and_sigterm_end_with_130_and_the_same_command_goes_on(
+def test_ctrl_c_in_training_ends_with_130_and_the_same_command_goes_on(
     tiny: Workplace, tmp_path: Path
 ) -> None:
     place = Workplace(tmp_path)
-    for after_step, interrupt in ((20, signal.SIGINT), (40, signal.SIGTERM)):
-        process = place.start(*tiny_command("train"))
-        try:
-            wait_for(lambda step=after_step: final_step(place) >= step, 120, "a checkpoint")
-            children = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(interrupt)
-            output, _ = process.communicate(timeout=60)
-            _, alive = psutil.wait_procs(children, timeout=60)
-        finally:
-            end(process)
-        assert process.returncode == 130, output
-        assert alive == []
-        assert "interrupted: the same command goes on" in output
-        assert "Traceback" not in output
+    process = place.start(*tiny_command("train"))
+    try:
+        wait_for(lambda: final_step(place) >= 20, 120, "the first checkpoint")
+        interrupt(process, signal.SIGINT)
+    finally:
+        end(process)
     place.run_tiny(verb="train")
     assert weights_of(place) == weights_of(tiny)
     assert metric_history(place, "loss") == metric_history(tiny, "loss")
 
 
-def make_photos(folder: Path, count: int = 24) -> None:
-    """Noise photographs large enough that decoding them takes a while, in two classes."""
+def interrupt(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
+    """Send a signal to a command; it ends with 130, a sentence, and nothing left running."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert "interrupted: the same command goes on" in output
+    assert "Traceback" not in output
+
+
+def make_photos(folder: Path, count: int = 24, copies: int = 5) -> None:
+    """Noise photographs large enough that decoding them takes seconds, in two classes."""
     rng = np.random.default_rng(0)
     for i in range(count):
         path = folder / ("light" if i % 2 else "dark") / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(128 * (i % 2), 128 + 128 * (i % 2), (1200, 1200, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path, compress_level=1)
+        for copy in range(1, copies):
+            os.link(path, path.with_name(f"{i:03d}-{copy}.png"))
 
 
 PHOTOS = [
@@ -269,7 +294,7 @@ def parts(place: Workplace) -> dict[str, bytes]:
 
 
 def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> None:
-    """Tasks, then the driver, are killed; the parts are those of a quiet run, bit for bit."""
+    """A task is killed, then the command is ended; the parts are those of a quiet run."""
     photos = tmp_path / "photos"
     make_photos(photos)
     (photos / "dark" / "broken.png").write_bytes(b"not an image")
@@ -280,8 +305,8 @@ def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> No
     quiet.ddpm(*command)
     stats = quiet.manifest("preprocess")["stats"]
     assert stats["class_names"] == ["dark", "light"]
-    assert stats["class_counts"] == [12, 12]
-    assert sum(stats["num_images"].values()) == 24
+    assert stats["class_counts"] == [60, 60]
+    assert sum(stats["num_images"].values()) == 120
     reasons = {bad["key"]: bad["reason"] for bad in stats["bad"]}
     assert reasons["light/empty.png"] == "the file is empty"
     assert reasons["dark/broken.png"].startswith("cannot be decoded")
@@ -295,27 +320,28 @@ def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> No
         victim = wait_for(lambda: ray_workers(process.pid, "preprocess_shard"), 60, "a task")[0]
         victim.kill()
         done = wait_for(records, 60, "a finished shard")
-        process.kill()
-        process.wait()
+        interrupt(process, signal.SIGTERM)
     finally:
         end(process)
-    if not list(killed.folder.glob("runs/preprocess/*/manifest.json")):
-        before = {
-            p: p.stat().st_mtime_ns for p in killed.folder.glob("runs/preprocess/*/parts/*.json")
-        }
-        assert len(before) >= done
-        assert "goes on from what is finished" in killed.quick("explain", *command[1:])
-        killed.ddpm(*command)
-        after = {p: p.stat().st_mtime_ns for p in before}
-        assert after == before, "finished shards are not made again"
+    before = {p: p.stat().st_mtime_ns for p in killed.folder.glob("runs/preprocess/*/parts/*.json")}
+    assert done <= len(before) < 61
+    assert "goes on from what is finished" in killed.quick("explain", *command[1:])
+    killed.ddpm(*command)
+    assert {p: p.stat().st_mtime_ns for p in before} == before, "finished shards are not made again"
     assert parts(killed) == parts(quiet)
     assert killed.manifest("preprocess")["id"] == quiet.manifest("preprocess")["id"]
 
-    few = Workplace(tmp_path / "few")
-    few.folder.mkdir()
-    output = few.ddpm(*command, "--set", "data.max_bad_fraction=0.05", code=2)
-    assert "2 of 26 images cannot be used, more than data.max_bad_fraction=0.05" in output
-    assert not list(few.folder.glob("runs/preprocess/*/manifest.json"))
+
+def test_more_bad_images_than_allowed_are_refused() -> None:
+    config = DataConfig(source="x", image_size=8, channels=1, max_bad_fraction=0.1)
+    bad = [{"key": f"{i}.png", "reason": "the file is empty"} for i in range(11)]
+    check_bad_share(bad[:10], 100, config)
+    with pytest.raises(DataError, match=r"11 of 100 images .* data.max_bad_fraction=0.1 allows"):
+        check_bad_share(bad, 100, config)
+    lenient = config.model_copy(update={"max_bad_fraction": 1.0})
+    check_bad_share(bad, 12, lenient)
+    with pytest.raises(DataError, match=r"none of its 11 images can be used \(0.png: the file is"):
+        check_bad_share(bad, 11, lenient)
 
 
 def test_a_source_of_nothing_but_bad_images_is_refused(tmp_path: Path) -> None:

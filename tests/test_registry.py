@@ -16,7 +16,7 @@ from pipeline.registry.models import (
     load_model,
     model_files,
     parse_reference,
-    read_lineage,
+    read_tag,
     register,
     resolve,
     set_alias,
@@ -71,6 +71,40 @@ def test_a_run_is_found_again_and_points_are_not_doubled(uri: str) -> None:
     assert again.client.get_run(again.run_id).info.status == "FINISHED"
 
 
+def test_figures_follow_the_newest_evaluation(uri: str) -> None:
+    run = TrackedRun(uri, "exp", "train-3", {})
+    for value in (0.5, 0.5, 0.9):
+        run.log_figures(60, {"class_accuracy": value})
+    history = run.client.get_metric_history(run.run_id, "class_accuracy")
+    assert [point.value for point in history] == [0.5, 0.9]
+    assert run.client.get_run(run.run_id).data.metrics["class_accuracy"] == 0.9
+
+
+def test_parameters_are_written_by_whoever_comes_after_a_killed_maker(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", kill)
+        with pytest.raises(Killed):
+            TrackedRun(uri, "exp", "train-4", {"a": 1})
+    again = TrackedRun(uri, "exp", "train-4", {"a": 1})
+    assert again.client.get_run(again.run_id).data.params == {"a": "1"}
+
+
+def test_artifacts_lie_beside_a_sqlite_store(uri: str, champion: ModelReference) -> None:
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    assert list((folder / "mlruns").rglob("weights.safetensors"))
+    assert list(Path.cwd().iterdir()) == []
+
+
 def _png() -> bytes:
     from pipeline.data.images import png
 
@@ -79,7 +113,8 @@ def _png() -> bytes:
 
 def test_the_same_content_twice_is_one_version(uri: str, champion: ModelReference) -> None:
     run = TrackedRun(uri, "shapes", "t1", {})
-    assert register(run, "shapes", files(), {}) == champion
+    assert register(run, "shapes", files(), {"ddpm.new": "1"}) == champion
+    assert read_tag(champion, "ddpm.new") == "1", "what was learned since is written to it"
     other = register(run, "shapes", files("z"), {})
     assert int(other.version) == int(champion.version) + 1
     assert find_version("shapes", champion.digest, uri) == champion
@@ -127,7 +162,6 @@ def test_a_registered_model_is_the_model_that_was_registered(
     assert model.spec == original.spec
     request = ImageRequest(0, 0, 1, SETTINGS[1])
     assert np.array_equal(alone(model, request), alone(original, request))
-    assert read_lineage(champion.uri, uri) == {"train_id": "t"}
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
@@ -162,7 +196,12 @@ def test_mlflow_loads_and_predicts(
     assert np.array_equal(table[:2], images[:2])
     for wrong, sentence in (
         ({"step": 5}, "'step' is not one of"),
-        ({"n": 0}, "n=0 must be 1 or more"),
+        ({"n": 0}, "n: Input should be greater than or equal to 1"),
+        ({"n": "3"}, "n: Input should be a valid integer"),
+        ({"n": 2.5}, "n: Input should be a valid integer"),
+        ({"seed": -1}, "seed: Input should be greater"),
+        ({"steps": 5000}, "steps=5000 must be from 1 to the model's 1000"),
+        ([1, 2], "takes a dict or a DataFrame"),
         ({"label": 9}, "label=9 is not a class"),
         ({"sampler": "magic"}, "sampler: Input should be"),
     ):

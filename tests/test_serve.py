@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import Workplace, end
+from tests.conftest import Workplace, end, ray_workers
 
 pytestmark = pytest.mark.ray
 
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.ray
 class Service:
     url: str
     port: int
+    pid: int
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=60) as reply:
@@ -71,8 +73,8 @@ def served(tiny: Workplace, replicas: int) -> Iterator[Service]:
     reader.start()
     try:
         assert ready.wait(120) and process.poll() is None, "".join(lines)
+        yield Service(f"http://127.0.0.1:{port}", port, process.pid)
         children = psutil.Process(process.pid).children(recursive=True)
-        yield Service(f"http://127.0.0.1:{port}", port)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0, "".join(lines)
         reader.join(timeout=60)
@@ -105,8 +107,10 @@ def test_images_of_two_replicas_of_one_and_of_the_command_line_are_the_same(
     assert pngs == [base64.b64decode(image["b64_json"]) for image in one]
     assert len(set(pngs)) == 40
 
-    (tmp_path / "served.png").write_bytes(pngs[39])
-    assert "bit for bit" in tiny.quick("reproduce", str(tmp_path / "served.png"))
+    served_png, again = tmp_path / "served.png", tmp_path / "again.png"
+    served_png.write_bytes(pngs[39])
+    tiny.quick("reproduce", str(served_png), "--out", str(again))
+    assert again.read_bytes() == pngs[39]
 
 
 def test_many_requests_at_once_do_not_change_each_others_images(service: Service) -> None:
@@ -200,6 +204,25 @@ def test_the_service_says_what_it_serves_and_that_it_is_ready(service: Service) 
     assert service.get("/readyz") == {"status": "ready", "model": "digits@1"}
     (model,) = service.get("/v1/models")["data"]
     assert (model["id"], model["image_size"], len(model["class_names"])) == ("digits@1", 8, 10)
+
+
+def test_the_model_may_be_named_as_it_was_for_the_command(service: Service) -> None:
+    for name in ("digits", "digits@1", "digits@champion"):
+        assert len(service.images(model=name, num_inference_steps=1)) == 1
+
+
+def test_a_replica_that_dies_over_a_request_costs_no_image(service: Service) -> None:
+    request = {**REQUEST, "num_inference_steps": 200, "sampler": "ancestral"}
+    quiet = service.images(n=24, **request)
+    replies: list[Any] = []
+    thread = threading.Thread(target=lambda: replies.append(service.post({"n": 24, **request})))
+    thread.start()
+    time.sleep(0.3)
+    ray_workers(service.pid, "ServeReplica:ddpm:Sampler")[0].kill()
+    thread.join()
+    ((status, reply),) = replies
+    assert status == 200, reply
+    assert [i["b64_json"] for i in reply["data"]] == [i["b64_json"] for i in quiet]
 
 
 def test_a_port_in_use_is_a_sentence(tiny: Workplace, service: Service) -> None:

@@ -58,7 +58,8 @@ def _open(raw: bytes | np.ndarray) -> Image.Image:
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: Pillow would clip to 255
         wide = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if wide.max(initial=0) > 255 else 255.0
+        largest = wide.max(initial=0)
+        top = 65535.0 if largest > 255 else 255.0 if largest > 1 or image.mode != "F" else 1.0
         image = Image.fromarray(np.rint(wide.clip(0, top) * (255 / top)).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")

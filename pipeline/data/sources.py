@@ -37,6 +37,10 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     images_per_shard: int = Field(default=512, ge=1)
 
 
+UNREADABLE = "unreadable"
+"""In place of the hash of a file that cannot be read."""
+
+
 @dataclass(frozen=True)
 class Item:
     """One image of a source, not yet read."""
@@ -97,11 +101,13 @@ def cut(source: Source, images_per_shard: int) -> list[InputShard]:
     ]
 
 
-def read(shard: InputShard) -> Iterator[tuple[Item, bytes | np.ndarray]]:
+def read(shard: InputShard) -> Iterator[tuple[Item, bytes | np.ndarray | None]]:
     """Each item of a shard with its content: an encoded file, or (H, W, C) uint8 pixels.
 
+    A file that cannot be read comes as None.
+
     Raises:
-        DataError: a file that the scan found is gone.
+        DataError: a file is not what the scan found.
     """
     if shard.source.startswith("builtin:"):
         pixels, _ = _digits()
@@ -110,13 +116,21 @@ def read(shard: InputShard) -> Iterator[tuple[Item, bytes | np.ndarray]]:
         return
     fs, root = url_to_fs(shard.source)
     for item in shard.items:
-        try:
-            yield item, fs.cat_file(f"{root.rstrip('/')}/{item.key}")
-        except FileNotFoundError as error:
+        raw = _read_file(fs, f"{root.rstrip('/')}/{item.key}")
+        if (UNREADABLE if raw is None else hashlib.sha256(raw).hexdigest()) != item.sha256:
             raise DataError(
-                f"data.source={shard.source!r}: the image {item.key!r} disappeared while the "
-                "source was being read; run the same command again"
-            ) from error
+                f"data.source={shard.source!r}: the image {item.key!r} changed while the source "
+                "was being read; run the same command again"
+            )
+        yield item, raw
+
+
+def _read_file(fs: Any, path: str) -> bytes | None:
+    try:
+        data: bytes = fs.cat_file(path)
+    except OSError:  # a dangling link, no permission
+        return None
+    return data
 
 
 # --- builtin:digits -----------------------------------------------------------------------------
@@ -156,7 +170,9 @@ def _scan_folder(source: str, index: FileIndex) -> tuple[Source, FileIndex]:
         if fs.isfile(root):
             raise DataError(f"data.source={source!r} is a file: give a folder of images")
         found: dict[str, dict[str, Any]] = fs.find(root, detail=True)
-    except (ValueError, ImportError, OSError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # whatever the package of that scheme raises
         raise DataError(f"data.source={source!r} cannot be read: {error}") from error
 
     root = root.rstrip("/")
@@ -170,18 +186,16 @@ def _scan_folder(source: str, index: FileIndex) -> tuple[Source, FileIndex]:
 
     def entry(key: str) -> tuple[int, str, str]:
         info = files[key]
-        size = int(info["size"])
+        size = int(info["size"] or 0)
         mark = str(info.get("ETag") or info.get("mtime") or info.get("LastModified"))
         known = index.get(key)
         if known is not None and tuple(known[:2]) == (size, mark):
             return size, mark, known[2]
-        return size, mark, hashlib.sha256(fs.cat_file(f"{root}/{key}")).hexdigest()
+        raw = _read_file(fs, f"{root}/{key}")
+        return size, mark, UNREADABLE if raw is None else hashlib.sha256(raw).hexdigest()
 
-    try:
-        with ThreadPoolExecutor(max_workers=16) as pool:
-            entries = dict(zip(keys, pool.map(entry, keys), strict=True))
-    except OSError as error:
-        raise DataError(f"data.source={source!r} cannot be read: {error}") from error
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        entries = dict(zip(keys, pool.map(entry, keys), strict=True))
 
     class_names = sorted({key.split("/", 1)[0] for key in keys if "/" in key})
     label = {name: i for i, name in enumerate(class_names)}

@@ -63,7 +63,8 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """At most 32 groups, of at least 4 channels: groups of one would make a bias before it moot."""
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:

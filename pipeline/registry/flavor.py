@@ -3,10 +3,10 @@
 MLflow finds this module by its name in MLmodel and calls `_load_pyfunc`; nothing is unpickled.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.errors import RequestError
 from pipeline.registry.models import load_model
@@ -14,7 +14,17 @@ from pipeline.samplers.model import Model
 from pipeline.samplers.plan import SamplingConfig
 from pipeline.serving.engine import Engine, ImageRequest
 
-COLUMNS = {"n", "seed", "label", "sampler", "steps", "guidance", "eta"}
+
+class PredictRequest(BaseModel, frozen=True, extra="forbid", strict=True):
+    """One request of `predict`."""
+
+    n: int = Field(default=1, ge=1, le=10_000)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    label: int | None = None
+    sampler: Literal["ancestral", "ddim"] = "ddim"
+    steps: int | None = None
+    guidance: float = 0.0
+    eta: float = 0.0
 
 
 class Sampler:
@@ -31,30 +41,40 @@ class Sampler:
                 label, sampler (ddim), steps (50), guidance (0) and eta (0).
 
         Raises:
-            RequestError: an unknown name, or a value out of range.
+            RequestError: an unknown name, or a value of the wrong type or out of range.
         """
-        requests = (
-            [model_input] if isinstance(model_input, dict) else model_input.to_dict("records")
-        )
-        images = [image for request in requests for image in self._draw(request)]
-        return np.stack(images)
+        if isinstance(model_input, dict):
+            requests = [model_input]
+        elif hasattr(model_input, "to_dict"):
+            requests = model_input.to_dict("records")
+        else:
+            raise RequestError("predict takes a dict or a DataFrame of n, seed, label, ...")
+        return np.stack([image for request in requests for image in self._draw(request)])
 
     def _draw(self, given: dict[str, Any]) -> list[np.ndarray]:
-        if unknown := set(given) - COLUMNS:
-            raise RequestError(f"{min(unknown)!r} is not one of {', '.join(sorted(COLUMNS))}", None)
         plain = {name: _plain(value) for name, value in given.items()}
-        values = {name: value for name, value in plain.items() if value is not None}
-        n, seed, label = values.pop("n", 1), values.pop("seed", 0), values.pop("label", None)
-        if n < 1:
-            raise RequestError(f"n={n} must be 1 or more", "n")
         try:
-            sampling = SamplingConfig.model_validate(values)
+            request = PredictRequest.model_validate(
+                {name: value for name, value in plain.items() if value is not None}
+            )
+            sampling = SamplingConfig(
+                sampler=request.sampler,
+                steps=self.model.spec.default_steps if request.steps is None else request.steps,
+                guidance=request.guidance,
+                eta=request.eta,
+            )
         except ValidationError as error:
             problem = error.errors()[0]
-            param = str(problem["loc"][0]) if problem["loc"] else None
-            raise RequestError(f"{param}: {problem['msg']}", param) from error
-        images: list[np.ndarray] = [np.empty(0)] * n
-        requests = [ImageRequest(seed, i, label, sampling) for i in range(n)]
+            name = str(problem["loc"][0]) if problem["loc"] else None
+            if problem["type"] == "extra_forbidden":
+                known = ", ".join(PredictRequest.model_fields)
+                raise RequestError(f"{name!r} is not one of {known}", name) from error
+            message = problem["msg"].removeprefix("Value error, ")
+            raise RequestError(f"{name}: {message}" if name else message, name) from error
+        images: list[np.ndarray] = [np.empty(0)] * request.n
+        requests = [
+            ImageRequest(request.seed, i, request.label, sampling) for i in range(request.n)
+        ]
         for i, pixels in Engine(self.model).generate(requests):
             images[i] = pixels
         return images
@@ -66,6 +86,7 @@ def _plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, float) and np.isnan(value):
         return None
+    # a column of integers with a gap in it is one of floats
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -15,12 +15,14 @@ from safetensors.torch import load as load_tensors
 
 from pipeline import storage
 from pipeline.errors import CorruptArtifact, ModelNotFound
-from pipeline.registry.runs import TrackedRun, explained, make_client
+from pipeline.registry.runs import SQLITE, TrackedRun, explained, in_turn, make_client
 from pipeline.samplers.model import Model, ModelSpec, build_model
 
 WEIGHTS = "weights.safetensors"
 MODEL_JSON = "model.json"
 DIGEST_TAG = "ddpm.model_digest"
+SERVING_TAG = "ddpm.serving"
+"""The `serving` section of the config that made a version, as JSON: how to serve it by default."""
 ARTIFACT_FOLDER = "model"
 
 
@@ -107,12 +109,6 @@ def load_model(uri: str, tracking_uri: str | None = None) -> Model:
     return build_model(spec, load_tensors(weights), model_digest(spec, weights))
 
 
-def read_lineage(uri: str, tracking_uri: str) -> dict[str, Any]:
-    """The lineage in a registered model's model.json."""
-    lineage: dict[str, Any] = _read_description(_download(uri, tracking_uri))[0]["lineage"]
-    return lineage
-
-
 def _read_description(uri: str) -> tuple[dict[str, Any], str]:
     for name in (MODEL_JSON, "state.json"):
         try:
@@ -162,8 +158,7 @@ def resolve(text: str, tracking_uri: str) -> ModelReference:
     from mlflow.exceptions import MlflowException
 
     name, which = parse_reference(text)
-    database = tracking_uri.removeprefix("sqlite:///")
-    if database != tracking_uri and not storage.exists(database):  # looking would create it
+    if not _store_exists(tracking_uri):
         raise ModelNotFound(
             f"there is no model {name!r}: the registry at {tracking_uri} does not exist yet; "
             "`ddpm run CONFIG` makes it, and tracking.uri or MLFLOW_TRACKING_URI names another"
@@ -177,6 +172,12 @@ def resolve(text: str, tracking_uri: str) -> ModelReference:
     except MlflowException as error:
         raise ModelNotFound(_what_there_is(client, name, which, tracking_uri)) from error
     return ModelReference(name, str(found.version), found.tags.get(DIGEST_TAG, ""), tracking_uri)
+
+
+def _store_exists(tracking_uri: str) -> bool:
+    """False for a sqlite file that is not there: looking into it would create it."""
+    database = tracking_uri.removeprefix(SQLITE)
+    return database == tracking_uri or storage.exists(database)
 
 
 def _what_there_is(client: Any, name: str, which: str, tracking_uri: str) -> str:
@@ -198,6 +199,8 @@ def _what_there_is(client: Any, name: str, which: str, tracking_uri: str) -> str
 
 def find_version(name: str, digest: str, tracking_uri: str) -> ModelReference | None:
     """The newest version of a model with the content `digest`, if there is one."""
+    if not _store_exists(tracking_uri):
+        return None
     client = make_client(tracking_uri)
     with explained(tracking_uri):
         found = client.search_model_versions(
@@ -215,11 +218,14 @@ def register(
     """Make a version of `name` from a model's files; the same content twice gives one version."""
     digest = json.loads(files[MODEL_JSON])["digest"]
     if there := find_version(name, digest, run.uri):
+        with explained(run.uri):  # what was learned of it since
+            for key, value in tags.items():
+                run.client.set_model_version_tag(name, there.version, key, value)
         return there
     folder = f"{ARTIFACT_FOLDER}/{digest}"  # of its own: a run may register more than one content
     for file_name, data in files.items():
         run.log_artifact(folder, file_name, data)
-    with explained(run.uri):
+    with in_turn(run.uri), explained(run.uri):
         if not run.client.search_registered_models(f"name = '{name}'"):
             run.client.create_registered_model(name)
         version = run.client.create_model_version(
@@ -229,6 +235,16 @@ def register(
             tags={DIGEST_TAG: digest, **tags},
         )
     return ModelReference(name, str(version.version), digest, run.uri)
+
+
+def read_tag(reference: ModelReference, tag: str) -> str | None:
+    """A tag of a version."""
+    client = make_client(reference.tracking_uri)
+    with explained(reference.tracking_uri):
+        value: str | None = client.get_model_version(reference.name, reference.version).tags.get(
+            tag
+        )
+    return value
 
 
 def set_alias(reference: ModelReference, alias: str) -> None:

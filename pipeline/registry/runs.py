@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # importing mlflow takes seconds, which `ddpm config` need no
     from mlflow.tracking import MlflowClient
 
 TRAIN_ID = "ddpm.train_id"
+SQLITE = "sqlite:///"
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Without it the UI takes a run for one of a language model and hides its curves."""
 
@@ -56,12 +57,25 @@ def make_client(uri: str) -> MlflowClient:
     """
     from mlflow.tracking import MlflowClient
 
-    is_sqlite = uri.startswith("sqlite:///")
-    lock = storage.exclusive(uri.removeprefix("sqlite:///") + ".lock") if is_sqlite else None
-    with lock or contextlib.nullcontext(), explained(uri):
+    with in_turn(uri), explained(uri):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
     return client
+
+
+def in_turn(uri: str) -> contextlib.AbstractContextManager[None]:
+    """Hold a sqlite store for this process, for what must not be done by two at once."""
+    if not uri.startswith(SQLITE):
+        return contextlib.nullcontext()
+    return storage.exclusive(uri.removeprefix(SQLITE) + ".lock")
+
+
+def artifact_location(uri: str) -> str | None:
+    """Where a new experiment's files go: beside a sqlite store, not in the working folder.
+
+    A server has a place of its own for them: None.
+    """
+    return str(Path(uri.removeprefix(SQLITE)).parent / "mlruns") if uri.startswith(SQLITE) else None
 
 
 class TrackedRun:
@@ -73,26 +87,30 @@ class TrackedRun:
 
         self.uri = uri
         self.client = make_client(uri)
-        with explained(uri):
+        with in_turn(uri), explained(uri):
             found = self.client.get_experiment_by_name(experiment)
             experiment_id = (
                 found.experiment_id
                 if found
-                else self.client.create_experiment(experiment, tags=EXPERIMENT_TAGS)
+                else self.client.create_experiment(
+                    experiment, artifact_location(uri), tags=EXPERIMENT_TAGS
+                )
             )
             runs = self.client.search_runs(
                 [experiment_id], f"tags.`{TRAIN_ID}` = '{train_id}'", max_results=1
             )
-            if runs:
-                self.run_id = str(runs[0].info.run_id)
-                self.client.update_run(self.run_id, status="RUNNING")
-            else:
-                run = self.client.create_run(
+            run = (
+                runs[0]
+                if runs
+                else self.client.create_run(
                     experiment_id,
                     run_name=f"{experiment}-{train_id[:8]}",
                     tags={TRAIN_ID: train_id},
                 )
-                self.run_id = str(run.info.run_id)
+            )
+            self.run_id = str(run.info.run_id)
+            self.client.update_run(self.run_id, status="RUNNING")
+            if not run.data.params:  # its maker may have been killed before it came to them
                 entries = [Param(name, str(value)) for name, value in params.items()]
                 self.client.log_batch(self.run_id, params=entries)
         self._last_step: dict[str, int] = {}
@@ -113,6 +131,14 @@ class TrackedRun:
         with explained(self.uri):
             for start in range(0, len(metrics), 1000):  # MLflow's limit of one call
                 self.client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+
+    def log_figures(self, step: int, figures: dict[str, float]) -> None:
+        """Add figures that a later evaluation of the same step may change; equal ones are kept."""
+        with explained(self.uri):
+            latest = self.client.get_run(self.run_id).data.metrics
+            for name, value in figures.items():
+                if latest.get(name) != value:
+                    self.client.log_metric(self.run_id, name, value, step=step)
 
     def _last(self, name: str) -> int:
         from mlflow.exceptions import MlflowException

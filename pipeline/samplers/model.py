@@ -11,7 +11,7 @@ from pipeline.diffusion.schedules import DiffusionConfig, Schedule, make_schedul
 from pipeline.networks.unet import UNet, UNetConfig
 from pipeline.samplers.ancestral import ancestral
 from pipeline.samplers.ddim import ddim
-from pipeline.samplers.plan import Plan, SamplingConfig
+from pipeline.samplers.plan import DEFAULT_STEPS, Plan, SamplingConfig
 
 
 class ModelSpec(BaseModel, frozen=True, extra="forbid"):
@@ -35,6 +35,11 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid"):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.channels, self.image_size, self.image_size
+
+    @property
+    def default_steps(self) -> int:
+        """Network evaluations an image when nobody says how many."""
+        return min(DEFAULT_STEPS, self.diffusion.timesteps)
 
     def admissible(self, sampling: SamplingConfig) -> SamplingConfig:
         """`sampling` without guidance where the model has no ε(∅) to guide with."""

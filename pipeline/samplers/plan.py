@@ -8,8 +8,9 @@ update of the state,
     x   ← c_x x + c_x_0 x̂_0 + c_z z,    z ~ N(0, I)
 
 Since ε is linear in x and x̂_0, that covers ancestral sampling and DDIM alike, and a clipped x̂_0
-brings its own consistent ε along. The executor below is the only one: `ddpm sample`, evaluation and
-serving all call it, and each row of a batch may follow its own plan at its own position.
+brings its own consistent ε along. `advance` below is the only executor: `ddpm sample`, evaluation
+and serving all reach it through the engine, and each row of a batch may follow its own plan at its
+own position. `run_plan` is the plain loop around it, for one plan and a whole batch.
 """
 
 import itertools
@@ -27,11 +28,14 @@ T, ALPHA_BAR, C_X, C_X_0, C_Z, CLIP = range(6)
 """Columns of a plan. CLIP is the bound on |x̂_0|, inf for none."""
 
 
+DEFAULT_STEPS = 50
+
+
 class SamplingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How images are drawn."""
 
     sampler: Literal["ancestral", "ddim"] = "ddim"
-    steps: int = Field(default=50, ge=1)
+    steps: int = Field(default=DEFAULT_STEPS, ge=1)
     """Network evaluations an image, at most the schedule's timesteps."""
     guidance: float = Field(default=0.0, ge=0.0, le=50.0, allow_inf_nan=False)
     """w of classifier-free guidance, ε = (1+w) ε(c) - w ε(∅); 0 is the plain conditional model."""

@@ -4,6 +4,7 @@ Compatible with the OpenAI images API, with extensions for what a diffusion mode
 Anything unknown or unsupported is refused with `param` set, never ignored.
 """
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
@@ -43,15 +44,16 @@ class GenerationRequest(BaseModel, frozen=True, extra="forbid", strict=True):
     """Drawn at random and reported when missing."""
     class_label: int | None = Field(default=None, ge=0)
     sampler: Literal["ancestral", "ddim"] = "ddim"
-    num_inference_steps: int = Field(default=50, ge=1)
+    num_inference_steps: int | None = Field(default=None, ge=1)
+    """By default 50, or as many as the model has timesteps."""
     guidance_scale: float = Field(default=0.0, ge=0, le=50, allow_inf_nan=False)
     eta: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
     mode: Mode | None = None
 
-    def sampling(self) -> SamplingConfig:
+    def sampling(self, spec: ModelSpec) -> SamplingConfig:
         return SamplingConfig(
             sampler=self.sampler,
-            steps=self.num_inference_steps,
+            steps=self.num_inference_steps or spec.default_steps,
             guidance=float(self.guidance_scale),
             eta=float(self.eta),
         )
@@ -66,9 +68,12 @@ PARAM_OF_ENGINE = {
 
 
 def parse_request(
-    body: Any, spec: ModelSpec, model_name: str, max_images: int
+    body: Any, spec: ModelSpec, names: Collection[str], max_images: int
 ) -> GenerationRequest:
     """A request body (parsed JSON), checked against the model that is served.
+
+    Args:
+        names: what the model may be called.
 
     Raises:
         RequestError: with `param` set to the field that is wrong.
@@ -77,13 +82,14 @@ def parse_request(
         raise RequestError("the request body must be a JSON object")
     try:
         request = GenerationRequest.model_validate(body)
-        request.sampling()
+        request.sampling(spec)
     except ValidationError as error:
         raise _first_problem(error) from error
     if request.n > max_images:
         raise RequestError(f"n={request.n} must be from 1 to {max_images}", "n")
-    if request.model not in (None, model_name, model_name.split("@")[0]):
-        raise RequestError(f"model={request.model!r} is not served here; {model_name} is", "model")
+    if request.model is not None and request.model not in names:
+        known = " or ".join(sorted(names))
+        raise RequestError(f"model={request.model!r} is not served here; {known} is", "model")
     size = f"{spec.image_size}x{spec.image_size}"
     if request.size not in ("auto", size):
         raise RequestError(
@@ -104,7 +110,7 @@ def image_requests(request: GenerationRequest, spec: ModelSpec, seed: int) -> li
     label = request.class_label
     if request.prompt:
         label = spec.class_names.index(request.prompt)
-    return [ImageRequest(seed, i, label, request.sampling()) for i in range(request.n)]
+    return [ImageRequest(seed, i, label, request.sampling(spec)) for i in range(request.n)]
 
 
 def error_body(

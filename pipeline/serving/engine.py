@@ -14,7 +14,7 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
@@ -141,9 +141,9 @@ class Engine:
             for ticket, pixels in self.step():
                 yield position[ticket], pixels
 
-    def drop_all(self) -> None:
-        """Forget the images in hand."""
-        self._waiting.clear()
+    def drop(self, tickets: Container[int]) -> None:
+        """Forget images in hand."""
+        self._waiting = deque(image for image in self._waiting if image.ticket not in tickets)
 
     def _gather(self) -> list[_Image]:
         """The images of the next call: the oldest whose rows fit."""
@@ -249,31 +249,44 @@ class EngineThread:
         return self._thread.is_alive()
 
     def close(self) -> None:
+        """End the thread; images that are not done are cancelled."""
         self._inbox.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         futures: dict[int, Future[np.ndarray]] = {}
-        while True:
-            # wait for work only when there is none in hand
-            while not futures or not self._inbox.empty():
-                message = self._inbox.get()
-                if message is None:
-                    return
-                request, future = message
-                if not future.set_running_or_notify_cancel():
-                    continue
-                try:
-                    futures[self.engine.add(request)] = future
-                except Exception as error:
-                    future.set_exception(error)
+        while self._admit(futures):
+            gone = {ticket for ticket, future in futures.items() if future.cancelled()}
+            if gone:
+                self.engine.drop(gone)
+                for ticket in gone:
+                    del futures[ticket]
             try:
                 finished = self.engine.step()
             except Exception as error:  # of the network or the device: no caller may wait for ever
+                self.engine.drop(futures)
                 for future in futures.values():
-                    future.set_exception(error)
+                    if future.set_running_or_notify_cancel():
+                        future.set_exception(error)
                 futures.clear()
-                self.engine.drop_all()
                 continue
             for ticket, pixels in finished:
-                futures.pop(ticket).set_result(pixels)
+                future = futures.pop(ticket)
+                if future.set_running_or_notify_cancel():
+                    future.set_result(pixels)
+        for future in futures.values():
+            future.cancel()
+
+    def _admit(self, futures: dict[int, "Future[np.ndarray]"]) -> bool:
+        """Take in what was submitted, waiting only if there is no work in hand; False to end."""
+        while not futures or not self._inbox.empty():
+            message = self._inbox.get()
+            if message is None:
+                return False
+            request, future = message
+            try:
+                futures[self.engine.add(request)] = future
+            except Exception as error:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+        return True

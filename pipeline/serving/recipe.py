@@ -6,7 +6,7 @@ import platform
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.data.images import png
 from pipeline.errors import DataError
@@ -27,7 +27,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     label: int | None
     sampling: SamplingConfig
     mode: Mode = "exact"
-    rows: int = EXACT_ROWS
+    rows: int = Field(default=EXACT_ROWS, ge=2, le=1024)
     made_with: dict[str, str] = {}
     """Software and processor. On others the pixels may differ in the last bit of a value."""
 
@@ -37,7 +37,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
 def fingerprint(device: str = "cpu") -> dict[str, str]:
     """What, beside the recipe, decides how a float is rounded."""
-    return {"torch": torch.__version__, "machine": platform.machine(), "device": device}
+    processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"torch": torch.__version__, "processor": processor, "device": device}
 
 
 def encode(pixels: np.ndarray, recipe: Recipe) -> bytes:
