@@ -29,11 +29,7 @@ def draw(
     uri: str, tracking_uri: str | None, requests: Sequence[ImageRequest], mode: Mode
 ) -> np.ndarray:
     """The images of `requests`, in order, drawn in this process: (N, H, W, C) uint8."""
-    engine = Engine(_model(uri, tracking_uri), mode, device=worker_device())
-    images: list[np.ndarray] = [np.empty(0)] * len(requests)
-    for i, pixels in engine.generate(requests):
-        images[i] = pixels
-    return np.stack(images)
+    return Engine(_model(uri, tracking_uri), mode, device=worker_device()).draw(requests)
 
 
 _draw_task = ray.remote(max_retries=3)(draw)

@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.data.images import grid
 from pipeline.registry.models import ModelReference, load_model
 from pipeline.seeding import key
-from pipeline.serving.engine import ImageRequest, Mode
+from pipeline.serving.engine import Engine, ImageRequest, Mode
 from pipeline.serving.recipe import Recipe, encode, fingerprint
 from pipeline.storage import FileEntry
 from tasks.fanout import draw_on_cluster
@@ -88,8 +88,6 @@ def run(ctx: StageContext, model: ModelReference) -> Outcome:
 
 def redraw(recipe: Recipe, model: ModelReference) -> np.ndarray:
     """The pixels of a recipe, drawn again in this process: (H, W, C) uint8."""
-    from pipeline.serving.engine import Engine
-
     engine = Engine(load_model(model.uri, model.tracking_uri), recipe.mode, recipe.rows)
-    ((_, pixels),) = engine.generate([recipe.request()])
+    pixels: np.ndarray = engine.draw([recipe.request()])[0]
     return pixels

@@ -176,16 +176,10 @@ def preview(uri: str, shard_set: str, guidance: float, seed: int) -> tuple[bytes
         ImageRequest(key(seed, "preview") >> 1, i, label, sampling)
         for i, label in enumerate(labels)
     ]
-    pixels = np.stack(
-        [pixels for _, pixels in sorted(Engine(model).generate(requests), key=_first)]
-    )
+    pixels = Engine(model).draw(requests)
     columns = PREVIEW_IMAGES_PER_CLASS * 2 if num_classes else 4
     loss, _ = holdout_loss(model, read_split(shard_set, "holdout"), seed)
     return grid(pixels, columns), loss
-
-
-def _first(pair: tuple[int, np.ndarray]) -> int:
-    return pair[0]
 
 
 class Previews:

@@ -5,6 +5,7 @@ ids of its inputs. So all ids are known before anything runs, a stage whose mani
 run again, and a changed value reaches exactly the stages downstream of it.
 """
 
+import contextlib
 import functools
 import queue
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.config import RunConfig
 from pipeline.data.sources import Source
+from pipeline.errors import StorageError
 from pipeline.registry.runs import TrackedRun
 from pipeline.storage import Manifest
 from tasks.console import Board, duration
@@ -228,7 +230,8 @@ def run(plan: Plan, board: Board) -> list[StageResult]:
                 raise result
             results[stage.spec.name] = result
     except BaseException as error:
-        tracked_run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        with contextlib.suppress(StorageError):  # a store that is away must not hide the error
+            tracked_run.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     tracked_run.finish("FINISHED")
     return [results[stage.spec.name] for stage in plan.stages]

