@@ -2,11 +2,8 @@
 
 import logging
 import os
-import shutil
 import signal
 import sys
-import tempfile
-import time
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +20,16 @@ from pipeline.errors import (
     RequestError,
     UserError,
 )
-from tasks.console import Board, console, duration
+from tasks.console import (
+    Board,
+    command,
+    console,
+    duration,
+    log_to_file,
+    show_error,
+    shown,
+    shown_uri,
+)
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -104,7 +110,7 @@ def show_config(config: ConfigArg, set_: SetOption = None) -> None:
 def _run_stages(config_path: str, overrides: list[str] | None, target: str) -> None:
     config, tracking_uri = _load(config_path, overrides)
     storage.check_writable(config.storage)
-    log = _log_to_file(config.storage)
+    log = log_to_file(config.storage)
     plan = _plan(config, tracking_uri, target, remember=True)
     _print_plan(plan)
     if target != "preprocess":
@@ -149,15 +155,15 @@ def _print_where_to_look(plan: "Plan", target: str, log: Path) -> None:
     for stage, (what, name) in places.items():
         if any(planned.spec.name == stage for planned in plan.stages):
             parts = [name] if name else []
-            console.print(f"{what:<9}{_shown(storage.join(plan.folder(stage), *parts))}")
+            console.print(f"{what:<9}{shown(storage.join(plan.folder(stage), *parts))}")
     if target != "preprocess":
         console.print(
-            f"MLflow   {_command('mlflow')} ui --backend-store-uri {_shown_uri(plan.tracking_uri)}"
+            f"MLflow   {command('mlflow')} ui --backend-store-uri {shown_uri(plan.tracking_uri)}"
         )
     if target == "sample":
         model = f"{plan.config.name}@{plan.config.registry.alias}"
-        console.print(f"serve    {_command('ddpm')} serve {model}")
-    console.print(f"log      {_shown(str(log))}")
+        console.print(f"serve    {command('ddpm')} serve {model}")
+    console.print(f"log      {shown(str(log))}")
 
 
 # --- models -------------------------------------------------------------------------------------
@@ -201,7 +207,7 @@ def sample(
     check_request(spec, requests[0])
     folder = str(out.absolute())
     storage.check_writable(folder)
-    _log_to_file(None)
+    log_to_file(None)
     with cluster.connect(ClusterConfig()), Board() as board:
         bar = board.add("sample")
         bar.start(n, "samples")
@@ -214,7 +220,7 @@ def sample(
             mode=mode,  # type: ignore[arg-type]  # checked above
             on_done=bar.update,
         )
-        bar.close(f"{n} images in {_shown(folder)}")
+        bar.close(f"{n} images in {shown(folder)}")
 
 
 @app.command()
@@ -276,7 +282,7 @@ def serve(
         raise ConfigError(f"--replicas {replicas} must be from 1 to 1000")
     cluster.check_port_is_free(host, port)
     reference = resolve(model, _tracking_uri(None))
-    log = _log_to_file(None)
+    log = log_to_file(None)
     from tasks import serve as application
 
     serving = application.serving_config(reference)
@@ -298,7 +304,7 @@ def serve(
             f"  curl -s {url}/v1/images/generations -H 'Content-Type: application/json' "
             """-d '{"n": 4, "seed": 1}'"""
         )
-        console.print(f"log      {_shown(str(log))}")
+        console.print(f"log      {shown(str(log))}")
         application.wait_until_interrupted()
         console.print("stopped")
 
@@ -406,8 +412,8 @@ def _validated(model: Any, prefix: str, **values: Any) -> Any:
         problem = error.errors()[0]
         name = ".".join(map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
-        shown = f"{prefix}{name} {problem['input']}: " if name and prefix == "--" else ""
-        raise RequestError(shown + message[0].lower() + message[1:], name) from error
+        option = f"{prefix}{name} {problem['input']}: " if name and prefix == "--" else ""
+        raise RequestError(option + message[0].lower() + message[1:], name) from error
 
 
 def _use_ray_token() -> None:
@@ -421,68 +427,11 @@ def _use_ray_token() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
-_log_files: list[Path] = []
-"""The file that this command logs to, if it does."""
-
-
-def _log_to_file(storage_uri: str | None) -> Path:
-    """Send what frameworks log and warn of to a file, so that the terminal stays readable."""
-    folder = storage.local_path(storage_uri) if storage_uri else None
-    if folder is None:  # of this user: others share the machine
-        folder = Path(tempfile.gettempdir()) / f"ray-ddpm-{os.getuid()}"
-    folder = folder / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"ddpm-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    handler = logging.FileHandler(path, delay=False)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(logging.INFO)
-    logging.captureWarnings(True)
-    _log_files.append(path)
-    return path
-
-
 def _treat_sigterm_as_ctrl_c() -> None:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
-
-
-def _command(name: str) -> str:
-    """How to call a program of this environment from the shell that called us."""
-    beside = Path(sys.executable).parent / name
-    on_path = shutil.which(name)
-    if on_path is not None and Path(on_path).resolve() == beside.resolve():
-        return name
-    return _shown(str(beside))
-
-
-def _shown(path: str) -> str:
-    """A path relative to the working folder where that is shorter."""
-    if storage.local_path(path) is None:
-        return path
-    relative = os.path.relpath(path)
-    return path if relative.startswith("..") else relative
-
-
-def _shown_uri(uri: str) -> str:
-    prefix = "sqlite:///"
-    return prefix + _shown(uri.removeprefix(prefix)) if uri.startswith(prefix) else uri
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The error that a Ray task or a training worker raised, out of Ray's wrapping."""
-    failures = getattr(error, "worker_failures", None) or {}
-    inner = [
-        getattr(error, "cause", None),
-        getattr(error, "controller_failure", None),
-        getattr(error, "_base_exc", None),
-        *(failures.values() if isinstance(failures, dict) else ()),
-    ]
-    causes = [cause for cause in inner if isinstance(cause, BaseException)]
-    return _root_cause(causes[0]) if causes else error
 
 
 def execute(arguments: list[str]) -> int:
@@ -497,7 +446,7 @@ def execute(arguments: list[str]) -> int:
             console.print("interrupted: the same command goes on from what is finished")
         return code
     except BaseException as error:
-        return _show_error(error)
+        return show_error(error)
     return 0
 
 
@@ -507,21 +456,6 @@ def main() -> None:
     sys.stderr.flush()
     # threads of stages may still wait for a Ray that is gone; nothing of theirs is worth keeping
     os._exit(code)
-
-
-def _show_error(error: BaseException) -> int:
-    """Print one sentence about an error; returns the exit code."""
-    cause = _root_cause(error)
-    if _log_files:
-        logging.getLogger("ddpm").error("the command failed", exc_info=error)
-    if isinstance(cause, PipelineError):
-        print(f"error: {cause}", file=sys.stderr)
-        return 2 if isinstance(cause, UserError) else 1
-    first_line = (str(cause).strip().splitlines() or [""])[0]
-    print(f"error: {type(cause).__name__}: {first_line}", file=sys.stderr)
-    if _log_files:
-        print(f"the whole story is in {_shown(str(_log_files[-1]))}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

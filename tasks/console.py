@@ -1,7 +1,17 @@
-"""What a person sees: a bar a stage on a terminal, a line every few seconds elsewhere."""
+"""What a person sees while a command runs.
 
+A bar a stage on a terminal, a line every few seconds elsewhere; an error as one sentence; and the
+log file, where everything goes that frameworks have to say.
+"""
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -16,6 +26,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from pipeline import storage
+from pipeline.errors import PipelineError, UserError
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -106,3 +119,77 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+# --- the log file, places, errors -----------------------------------------------------------------
+
+_log_files: list[Path] = []
+"""The file that this command logs to, if it does."""
+
+
+def log_to_file(storage_uri: str | None) -> Path:
+    """Send what frameworks log and warn of to a file, so that the terminal stays readable."""
+    folder = storage.local_path(storage_uri) if storage_uri else None
+    if folder is None:  # of this user: others share the machine
+        folder = Path(tempfile.gettempdir()) / f"ray-ddpm-{os.getuid()}"
+    folder = folder / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"ddpm-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    handler = logging.FileHandler(path, delay=False)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    _log_files.append(path)
+    return path
+
+
+def command(name: str) -> str:
+    """How to call a program of this environment from the shell that called us."""
+    beside = Path(sys.executable).parent / name
+    on_path = shutil.which(name)
+    if on_path is not None and Path(on_path).resolve() == beside.resolve():
+        return name
+    return shown(str(beside))
+
+
+def shown(path: str) -> str:
+    """A path relative to the working folder where that is shorter."""
+    if storage.local_path(path) is None:
+        return path
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
+
+
+def shown_uri(uri: str) -> str:
+    prefix = "sqlite:///"
+    return prefix + shown(uri.removeprefix(prefix)) if uri.startswith(prefix) else uri
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The error that a Ray task or a training worker raised, out of Ray's wrapping."""
+    failures = getattr(error, "worker_failures", None) or {}
+    inner = [
+        getattr(error, "cause", None),
+        getattr(error, "controller_failure", None),
+        getattr(error, "_base_exc", None),
+        *(failures.values() if isinstance(failures, dict) else ()),
+    ]
+    causes = [cause for cause in inner if isinstance(cause, BaseException)]
+    return _root_cause(causes[0]) if causes else error
+
+
+def show_error(error: BaseException) -> int:
+    """Print one sentence about an error; returns the exit code."""
+    cause = _root_cause(error)
+    if _log_files:
+        logging.getLogger("ddpm").error("the command failed", exc_info=error)
+    if isinstance(cause, PipelineError):
+        print(f"error: {cause}", file=sys.stderr)
+        return 2 if isinstance(cause, UserError) else 1
+    first_line = (str(cause).strip().splitlines() or [""])[0]
+    print(f"error: {type(cause).__name__}: {first_line}", file=sys.stderr)
+    if _log_files:
+        print(f"the whole story is in {shown(str(_log_files[-1]))}", file=sys.stderr)
+    return 1
