@@ -26,8 +26,6 @@ if TYPE_CHECKING:  # importing mlflow takes seconds, which `ddpm config` need no
 
 TRAIN_ID = "ddpm.train_id"
 SQLITE = "sqlite:///"
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Without it the UI takes a run for one of a language model and hides its curves."""
 
 
 class TrackingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -92,9 +90,7 @@ class TrackedRun:
             experiment_id = (
                 found.experiment_id
                 if found
-                else self.client.create_experiment(
-                    experiment, artifact_location(uri), tags=EXPERIMENT_TAGS
-                )
+                else self.client.create_experiment(experiment, artifact_location(uri))
             )
             runs = self.client.search_runs(
                 [experiment_id], f"tags.`{TRAIN_ID}` = '{train_id}'", max_results=1
