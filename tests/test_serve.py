@@ -212,7 +212,7 @@ def test_the_model_may_be_named_as_it_was_for_the_command(service: Service) -> N
 
 
 def test_a_replica_that_dies_over_a_request_costs_no_image(service: Service) -> None:
-    request = {**REQUEST, "num_inference_steps": 200, "sampler": "ancestral"}
+    request = {**REQUEST, "num_inference_steps": 300, "sampler": "ancestral"}
     quiet = service.images(n=24, **request)
     replies: list[Any] = []
     thread = threading.Thread(target=lambda: replies.append(service.post({"n": 24, **request})))
