@@ -208,7 +208,7 @@ def sample(
     folder = str(out.absolute())
     storage.check_writable(folder)
     log_to_file(None)
-    with cluster.connect(ClusterConfig()), Board() as board:
+    with cluster.connect(ClusterConfig(), num_cpus=1, num_gpus=0), Board() as board:
         bar = board.add("sample")
         bar.start(n, "samples")
         columns = max(1, round(min(n, stage.MAX_GRID_IMAGES) ** 0.5))

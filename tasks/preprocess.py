@@ -106,9 +106,14 @@ def run(ctx: StageContext, source: Source) -> Outcome:
     return _outcome(ctx, source, [records[i] for i in range(len(shards))])
 
 
+def named_reasons(bad: list[dict[str, str]]) -> str:
+    """The first few bad images with their reasons; the manifest has them all."""
+    return "; ".join(f"{image['key']}: {image['reason']}" for image in bad[:3])
+
+
 def check_bad_share(bad: list[dict[str, str]], total: int, config: DataConfig) -> None:
     """Raise DataError if none of `total` images is left, or more are bad than the config allows."""
-    named = "; ".join(f"{image['key']}: {image['reason']}" for image in bad[:3])
+    named = named_reasons(bad)
     if len(bad) == total:
         raise DataError(
             f"data.source={config.source!r}: none of its {total} images can be used ({named})"
@@ -144,7 +149,8 @@ def _outcome(ctx: StageContext, source: Source, records: list[dict[str, Any]]) -
         "num_bad": len(bad),
         "bad": bad[:MAX_NAMED_BAD_IMAGES],
     }
-    return Outcome(files, stats)
+    note = f"{len(bad)} of {total} images left out ({named_reasons(bad)})" if bad else ""
+    return Outcome(files, stats, note)
 
 
 def _read_records(folder: str, num_shards: int) -> dict[int, dict[str, Any]]:

@@ -41,3 +41,5 @@ class Outcome:
 
     files: list[FileEntry]
     stats: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+    """What a person should hear of it when the stage is over."""

@@ -294,7 +294,7 @@ def _run_stage(
 ) -> StageResult:
     name, begin = stage.spec.name, time.monotonic()
     bar = board.add(name)
-    outcome = "failed"
+    outcome, note = "failed", ""
     try:
         lock = storage.join(stage.folder, ".lock")
         with storage.exclusive(lock, lambda pid: _say_who(bar, pid)):
@@ -313,10 +313,10 @@ def _run_stage(
                 )
                 made = _stage_function(plan, name)(context)
                 storage.commit(stage.folder, _manifest(plan, stage, made))
-                outcome = "done"
+                outcome, note = "done", made.note
     finally:
         seconds = time.monotonic() - begin
-        bar.close(f"{outcome} in {duration(seconds)}")
+        bar.close(f"{outcome} in {duration(seconds)}" + (f", {note}" if note else ""))
     return StageResult(name, outcome, seconds)
 
 

@@ -315,7 +315,9 @@ def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> No
     command = tiny_command("preprocess", f"data.source={photos}", *PHOTOS)
     quiet = Workplace(tmp_path / "quiet")
     quiet.folder.mkdir()
-    quiet.ddpm(*command)
+    output = quiet.ddpm(*command)
+    assert "2 of 122 images left out (dark/broken.png: cannot be decoded" in output
+    assert "light/empty.png: the file is empty)" in output
     stats = quiet.manifest("preprocess")["stats"]
     assert stats["class_names"] == ["dark", "light"]
     assert stats["class_counts"] == [60, 60]

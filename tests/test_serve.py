@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
+from pipeline.serving import recipe
 from tests.conftest import Workplace, end, ray_workers
 
 pytestmark = pytest.mark.ray
@@ -204,6 +206,19 @@ def test_the_service_says_what_it_serves_and_that_it_is_ready(service: Service) 
     assert service.get("/readyz") == {"status": "ready", "model": "digits@1"}
     (model,) = service.get("/v1/models")["data"]
     assert (model["id"], model["image_size"], len(model["class_names"])) == ("digits@1", 8, 10)
+
+
+def test_fast_mode_agrees_with_exact_to_a_grey_level(service: Service) -> None:
+    replies = [service.images(n=6, **REQUEST, mode=mode) for mode in ("exact", "fast")]
+    assert [{image["recipe"]["mode"] for image in reply} for reply in replies] == [
+        {"exact"},
+        {"fast"},
+    ]
+    exact, fast = (
+        np.stack([recipe.decode(base64.b64decode(i["b64_json"]), "")[0] for i in reply])
+        for reply in replies
+    )
+    assert np.abs(exact.astype(int) - fast).max() <= 1
 
 
 def test_the_model_may_be_named_as_it_was_for_the_command(service: Service) -> None:

@@ -116,9 +116,8 @@ class Engine:
         z = torch.zeros_like(x)
         for i, image in enumerate(images):
             if rows[i, C_Z]:
-                z[i] = normal([_noise_key(image.request, image.position + 1)], tuple(x.shape[1:]))[
-                    0
-                ]
+                noise_key = _noise_key(image.request, image.position + 1)
+                z[i] = normal([noise_key], self.model.spec.image_shape)[0]
         x, _ = advance(x, self._eps(images, x, rows[:, T]), z, rows)
 
         finished = []
