@@ -32,7 +32,14 @@ from pipeline.serving.api import (
     image_requests,
     parse_request,
 )
-from pipeline.serving.engine import Engine, EngineThread, ImageRequest, Mode, check_request
+from pipeline.serving.engine import (
+    EXACT_ROWS,
+    Engine,
+    EngineThread,
+    ImageRequest,
+    Mode,
+    check_request,
+)
 from pipeline.serving.recipe import Recipe, encode, fingerprint
 from tasks.cluster import worker_device
 
@@ -40,7 +47,8 @@ APPLICATION = "ddpm"
 MAX_BODY_BYTES = 64 * 1024
 ATTEMPTS = 3
 """Replicas that may die over an image before its request fails."""
-IMAGES_IN_HAND_PER_REPLICA = 256
+IMAGES_IN_HAND_PER_REPLICA = 2 * EXACT_ROWS
+"""Enough to fill the next network call; what is beyond them goes to whichever replica is free."""
 
 http = FastAPI(title="ray-ddpm", docs_url=None, redoc_url=None)
 

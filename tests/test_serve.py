@@ -98,21 +98,26 @@ REQUEST = {"seed": 11, "num_inference_steps": 4, "class_label": 3, "guidance_sca
 def test_images_of_two_replicas_of_one_and_of_the_command_line_are_the_same(
     tiny: Workplace, service: Service, tmp_path: Path
 ) -> None:
-    two = service.images(n=40, **REQUEST)
-    assert [image["index"] for image in two] == list(range(40))
-    assert {image["seed"] for image in two} == {11}
+    # Ray Serve's router leaves out a replica that does not tell its queue within 0.1 s, which on
+    # busy cores a fresh one may not: both take part soon, not always at once
+    for _ in range(20):
+        two = service.images(n=64, **REQUEST)
+        if len({image["replica"] for image in two}) == 2:
+            break
     assert len({image["replica"] for image in two}) == 2, "the images are dealt to both replicas"
+    assert [image["index"] for image in two] == list(range(64))
+    assert {image["seed"] for image in two} == {11}
     with served(tiny, replicas=1) as alone:
-        one = alone.images(n=40, **REQUEST)
+        one = alone.images(n=64, **REQUEST)
     assert len({image["replica"] for image in one}) == 1
     pngs = [base64.b64decode(image["b64_json"]) for image in two]
     assert pngs == [base64.b64decode(image["b64_json"]) for image in one]
-    assert len(set(pngs)) == 40
+    assert len(set(pngs)) == 64
 
     served_png, again = tmp_path / "served.png", tmp_path / "again.png"
-    served_png.write_bytes(pngs[39])
+    served_png.write_bytes(pngs[63])
     tiny.quick("reproduce", str(served_png), "--out", str(again))
-    assert again.read_bytes() == pngs[39]
+    assert again.read_bytes() == pngs[63]
 
 
 def test_many_requests_at_once_do_not_change_each_others_images(service: Service) -> None:
