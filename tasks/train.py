@@ -126,6 +126,7 @@ def _train_rank(job: Job) -> None:
         state,
         forward,
         batches,
+        config.diffusion,
         make_schedule(config.diffusion),
         training,
         spec.num_classes,

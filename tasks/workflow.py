@@ -129,7 +129,7 @@ def plan(
 
 
 def _sections(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
-    values = config.model_dump()
+    values = config.model_dump(mode="json")  # as a manifest has them
     sections = {}
     for path in spec.sections:
         value: Any = values

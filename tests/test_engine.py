@@ -129,8 +129,8 @@ def test_the_engine_follows_the_plan_as_the_plain_loop_does(
         return normal([key(4, "sample", 2, draw)], (1, 8, 8))
 
     x_0 = run_plan(
-        make_plan(model.spec, sampling),
-        lambda x, t: model.predict_eps(x, t, torch.tensor([1])),
+        make_plan(model, sampling),
+        lambda x, t, alpha_bar: model.predict_x_0(x, t, alpha_bar, torch.tensor([1])),
         noise(0),
         lambda i: noise(i + 1),
     )
@@ -141,12 +141,12 @@ def test_the_engine_follows_the_plan_as_the_plain_loop_does(
 def test_guidance_is_the_two_rows_combined(model: Model) -> None:
     sampling = SamplingConfig(steps=4, guidance=2.0)
 
-    def guided(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        label, null = (model.predict_eps(x, t, torch.tensor([c])) for c in (1, 3))
+    def guided(x: torch.Tensor, t: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+        label, null = (model.predict_x_0(x, t, alpha_bar, torch.tensor([c])) for c in (1, 3))
         return 3 * label - 2 * null
 
     x_T = normal([key(0, "sample", 0, 0)], (1, 8, 8))
-    x_0 = run_plan(make_plan(model.spec, sampling), guided, x_T, lambda i: x_T)
+    x_0 = run_plan(make_plan(model, sampling), guided, x_T, lambda i: x_T)
     got = alone(model, ImageRequest(0, 0, 1, sampling)).astype(int)
     assert np.abs(got - to_uint8(x_0)[0]).max() <= 1
     plain = alone(model, ImageRequest(0, 0, 1, SamplingConfig(steps=4)))

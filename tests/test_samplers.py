@@ -1,35 +1,39 @@
 """Samplers on data whose ε-predictor is known exactly, and the plans they compile to."""
 
-import itertools
-from typing import Literal
-
 import pytest
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.schedules import Schedule, cosine, linear, schedule_from_betas
+from pipeline.diffusion.gaussian import like, predict_x_0
+from pipeline.diffusion.schedules import Schedule, Variance, cosine, linear, schedule_from_betas
 from pipeline.samplers.ancestral import ancestral
 from pipeline.samplers.ddim import ddim
 from pipeline.samplers.plan import (
     ALPHA_BAR,
-    C_X,
-    C_X_0,
-    C_Z,
+    X_0,
     Plan,
     SamplingConfig,
-    T,
+    Spacing,
+    X,
+    Z,
+    needs_noise,
     run_plan,
-    trailing_timesteps,
+    with_settings,
 )
+from pipeline.samplers.spacing import make_times
 
 MEAN, STD = 0.7, 0.4
 
 
-def exact_eps(x: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """E[ε | x_t] for x_0 ~ N(MEAN, STD²): linear in x_t."""
-    alpha_bar = schedule.alpha_bar[t.long()].reshape(-1, *[1] * (x.ndim - 1))
+def exact_x_0(x: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """E[x_0 | x_t] for x_0 ~ N(MEAN, STD²): linear in x_t."""
     variance = alpha_bar * STD**2 + 1 - alpha_bar
-    return (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * MEAN) / variance
+    eps = like((1 - alpha_bar).sqrt() / variance, x) * (x - like(alpha_bar.sqrt(), x) * MEAN)
+    return predict_x_0(x, eps, alpha_bar)
+
+
+def steps_of(schedule: Schedule, steps: int) -> Tensor:
+    return make_times(schedule, steps, "trailing")
 
 
 def mean_and_std_by_recursion(
@@ -60,13 +64,13 @@ def mean_and_std_by_recursion(
     return mean, var**0.5
 
 
-def mean_and_std_of_plan(plan: Plan, schedule: Schedule) -> tuple[float, float]:
+def mean_and_std_of_plan(plan: Plan) -> tuple[float, float]:
     """The output law of the executor, exactly: it is linear, so probe it with unit inputs."""
 
     def out(x_T: float, unit_noise_at: int | None) -> float:
         return run_plan(
             plan,
-            lambda x, t: exact_eps(x, t, schedule),
+            exact_x_0,
             torch.full((1, 1, 1, 1), x_T, dtype=torch.float64),
             lambda i: torch.full((1, 1, 1, 1), float(i == unit_noise_at), dtype=torch.float64),
         ).item()
@@ -79,29 +83,27 @@ def mean_and_std_of_plan(plan: Plan, schedule: Schedule) -> tuple[float, float]:
 
 @pytest.mark.parametrize("schedule", [cosine(10), linear(50)], ids=["cosine-10", "linear-50"])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_ancestral_follows_the_closed_form(
-    schedule: Schedule, variance: Literal["fixed_small", "fixed_large"]
-) -> None:
-    plan = ancestral(schedule, schedule.timesteps, variance, clip_x_0=False)
+def test_ancestral_follows_the_closed_form(schedule: Schedule, variance: Variance) -> None:
+    plan = ancestral(schedule, steps_of(schedule, schedule.timesteps), variance)
     want = mean_and_std_by_recursion(schedule, "ancestral", variance=variance)
-    assert mean_and_std_of_plan(plan, schedule) == pytest.approx(want, abs=1e-6)
+    assert mean_and_std_of_plan(plan) == pytest.approx(want, abs=1e-6)
 
 
 @pytest.mark.parametrize("schedule", [cosine(10), linear(50)], ids=["cosine-10", "linear-50"])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_follows_the_closed_form(schedule: Schedule, eta: float) -> None:
-    plan = ddim(schedule, schedule.timesteps, eta, clip_x_0=False)
+    plan = ddim(schedule, steps_of(schedule, schedule.timesteps), eta)
     want = mean_and_std_by_recursion(schedule, "ddim", eta=eta)
-    assert mean_and_std_of_plan(plan, schedule) == pytest.approx(want, abs=1e-6)
+    assert mean_and_std_of_plan(plan) == pytest.approx(want, abs=1e-6)
 
 
 def test_an_off_by_one_in_alpha_bar_would_show() -> None:
     """The power of the tests above: a table shifted by one timestep misses by far more."""
     schedule = cosine(10)
-    plan = ddim(schedule, 10, 0.0, clip_x_0=False)
+    plan = ddim(schedule, steps_of(schedule, 10), 0.0)
     shifted = plan.table.clone()
-    shifted[:-1, T] = plan.table[1:, T]
-    got = mean_and_std_of_plan(Plan(shifted), schedule)
+    shifted[:-1, ALPHA_BAR] = plan.table[1:, ALPHA_BAR]
+    got = mean_and_std_of_plan(Plan(shifted))
     want = mean_and_std_by_recursion(schedule, "ddim")
     assert abs(got[1] - want[1]) > 1e-3
 
@@ -113,64 +115,78 @@ def test_many_samples_have_the_law_of_the_data() -> None:
     def normal() -> Tensor:
         return torch.randn(20_000, 1, 1, 1, generator=generator, dtype=torch.float64)
 
-    plan = ancestral(schedule, 1000, "fixed_small", clip_x_0=False)
-    x = run_plan(plan, lambda x, t: exact_eps(x, t, schedule), normal(), lambda i: normal())
+    plan = ancestral(schedule, steps_of(schedule, 1000), "fixed_small")
+    x = run_plan(plan, exact_x_0, normal(), lambda i: normal())
     assert x.mean().item() == pytest.approx(MEAN, abs=0.015)  # 5 standard errors
     assert x.std().item() == pytest.approx(STD, abs=0.015)
 
 
 def test_ddim_with_eta_one_is_ancestral_with_the_posterior_variance() -> None:
     schedule = cosine(1000)
-    got = ddim(schedule, 30, 1.0, clip_x_0=True).table
-    want = ancestral(schedule, 30, "fixed_small", clip_x_0=True).table
+    got = ddim(schedule, steps_of(schedule, 30), 1.0).table
+    want = ancestral(schedule, steps_of(schedule, 30), "fixed_small").table
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 10, 13, 30, 50, 64, 999, 1000])
-def test_pairs_lead_from_the_last_timestep_to_the_clean_image(steps: int) -> None:
-    pairs = trailing_timesteps(1000, steps)
-    assert len(pairs) == steps
-    assert pairs[0][0] == 999
-    assert pairs[-1][1] == -1
-    assert all(t > s for t, s in pairs)
-    assert all(left[1] == right[0] for left, right in itertools.pairwise(pairs))
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "karras", "log_snr"])
+def test_times_fall_from_noise_to_the_clean_image(steps: int, spacing: Spacing) -> None:
+    times = make_times(cosine(1000), steps, spacing)
+    assert len(times) == steps + 1
+    assert times[-1] == -1
+    assert (times.diff() < 0).all()
+    if spacing != "leading":
+        assert times[0] == 999
+    if spacing in ("leading", "linspace", "karras", "log_snr") and steps > 1:
+        assert times[-2] == pytest.approx(0, abs=1e-9)
+
+
+def test_times_of_published_examples() -> None:
+    schedule = linear(1000)
+    assert make_times(schedule, 50, "leading")[0] == 980
+    assert make_times(schedule, 64, "leading")[0] == 945
+    assert make_times(schedule, 50, "trailing")[-2] == 19
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_steps_out_of_range_are_refused(steps: int) -> None:
     with pytest.raises(ValueError, match="from 1 to the schedule's 1000"):
-        trailing_timesteps(1000, steps)
+        make_times(cosine(1000), steps, "trailing")
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_the_last_row_returns_x_0_and_adds_no_noise(
-    variance: Literal["fixed_small", "fixed_large"],
-) -> None:
-    for plan in (ancestral(cosine(1000), 10, variance, True), ddim(cosine(1000), 10, 1.0, True)):
-        last = plan.table[-1]
-        assert last[[C_X, C_X_0, C_Z]].tolist() == pytest.approx([0.0, 1.0, 0.0], abs=1e-12)
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_the_last_row_returns_x_0_and_adds_no_noise(variance: Variance) -> None:
+    schedule = cosine(1000)
+    times = steps_of(schedule, 10)
+    for plan in (ancestral(schedule, times, variance), ddim(schedule, times, 1.0)):
+        last = [plan[X, source][-1].item() for source in (X, X_0, Z)]
+        assert last == pytest.approx([0.0, 1.0, 0.0], abs=1e-12)
 
 
 def test_ddim_without_eta_never_asks_for_noise() -> None:
-    assert (ddim(cosine(1000), 50, 0.0, True).table[:, C_Z] == 0).all()
+    assert not needs_noise(ddim(cosine(1000), steps_of(cosine(1000), 50), 0.0).table).any()
 
 
 def test_clipped_steps_stay_finite_where_x_0_is_amplified_most() -> None:
     """1/√ᾱ is 20,000 at the end of cosine: without clipping float32 noise would explode."""
-    plan = ddim(cosine(1000), 50, 0.0, True)
+    plan = ddim(cosine(1000), steps_of(cosine(1000), 50), 0.0)
     assert plan.table[0, ALPHA_BAR] < 1e-8
     x_T = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    x = run_plan(plan, lambda x, t: 0.9 * x, x_T, lambda i: x_T)
-    assert x.abs().max() <= 1.0
+
+    def predict(x: Tensor, t: Tensor, alpha_bar: Tensor) -> Tensor:
+        return predict_x_0(x, 0.9 * x, alpha_bar)
+
+    clipped = with_settings(plan, SamplingConfig(clip_x_0=True))
+    assert run_plan(clipped, predict, x_T, lambda i: x_T).abs().max() <= 1.0
 
 
 def test_a_schedule_from_explicit_betas_samples_too() -> None:
     schedule = schedule_from_betas(torch.linspace(0.1, 0.9, 10))
-    plan = ddim(schedule, 10, 0.0, clip_x_0=False)
+    plan = ddim(schedule, steps_of(schedule, 10), 0.0)
     want = mean_and_std_by_recursion(schedule, "ddim")
-    assert mean_and_std_of_plan(plan, schedule) == pytest.approx(want, abs=1e-6)
+    assert mean_and_std_of_plan(plan) == pytest.approx(want, abs=1e-6)
 
 
 def test_eta_belongs_to_ddim() -> None:
-    with pytest.raises(ValueError, match="eta=0.5 is DDIM's"):
+    with pytest.raises(ValueError, match="eta=0.5 has no meaning for sampler=ancestral"):
         SamplingConfig(sampler="ancestral", eta=0.5)

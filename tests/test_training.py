@@ -60,7 +60,9 @@ def run(
     batches = Batches(images(), training.batch_size, 3, rank, world_size)
     forward = parallel.wrap(state.network, CPU)
     schedule = make_schedule(SPEC.diffusion)
-    steps = train(state, forward, batches, schedule, training, SPEC.num_classes, 3, CPU)
+    steps = train(
+        state, forward, batches, SPEC.diffusion, schedule, training, SPEC.num_classes, 3, CPU
+    )
     return [parallel.mean_over_ranks(record.loss) for record in steps]
 
 
@@ -90,7 +92,8 @@ def test_k_and_k_resumed_steps_equal_2k_steps_bit_for_bit(tmp_path: Path, precis
 
     first = fresh(whole)
     batches = Batches(images(), 8, 3)
-    steps = train(first, first.network, batches, make_schedule(SPEC.diffusion), whole, 2, 3, CPU)
+    schedule = make_schedule(SPEC.diffusion)
+    steps = train(first, first.network, batches, SPEC.diffusion, schedule, whole, 2, 3, CPU)
     head = [float(next(steps).loss) for _ in range(4)]
     checkpoint.save(str(tmp_path), first, SPEC.model_dump(mode="json"), [])
 

@@ -64,11 +64,3 @@ def p_mean(x_t: Tensor, eps: Tensor, alpha_t: Tensor, alpha_bar_t: Tensor) -> Te
     """μ_θ(x_t, t) from the predicted noise; Ho et al. 2020, Eq. 11. β_t = 1 - α_t."""
     c_eps = (1 - alpha_t) * (1 - alpha_bar_t).rsqrt()
     return (x_t - like(c_eps, x_t) * eps) * like(alpha_t.rsqrt(), x_t)
-
-
-def guided_eps(eps_label: Tensor, eps_null: Tensor, w: Tensor) -> Tensor:
-    """Classifier-free guidance (1+w) ε(c) - w ε(∅); Ho & Salimans 2022, Eq. 6. w: (B,) float64.
-
-    A row with w = 0 is ε(c) exactly.
-    """
-    return like(1 + w, eps_label) * eps_label - like(w, eps_null) * eps_null

@@ -1,55 +1,208 @@
-"""Noise schedules: β_t and what follows from it, as float64 tables over t = 0 .. T-1.
+"""Noise schedules: how much of the image is left at t, as float64 tables over t = 0 .. T-1.
 
 Index convention (Ho et al. 2020 count from 1, code counts from 0): t = 0 is one step of noise, and
 t = -1 is the clean image, ᾱ_{-1} = 1. Tables stay float64 on the CPU; whoever uses a coefficient
 casts it last.
+
+t may be real. A continuous process (`pipeline/diffusion/sde.py`) is a schedule whose ᾱ is known
+between the timesteps; of a table it is interpolated, linearly in the log-SNR λ = log ᾱ/(1-ᾱ).
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
+from pipeline.diffusion.sde import VE, VP, Sde, SubVP
+
 BETA_MAX = 0.999  # Nichol & Dhariwal 2021, section 3.2: keeps the last steps of cosine from β = 1
+
+Prediction = Literal["eps", "x_0", "v", "score", "edm"]
+"""See pipeline/diffusion/parameterisation.py."""
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+
+BETA_ENDS = {
+    "linear": (1e-4, 0.02),  # Ho et al. 2020, section 4
+    "quadratic": (1e-4, 0.02),
+    "scaled_linear": (8.5e-4, 0.012),  # Rombach et al. 2022, Stable Diffusion
+    "vp": (1e-4, 0.02),
+    "subvp": (1e-4, 0.02),
+}
+"""First and last β of 1,000 timesteps; continuous time has β(t) from 1000 β_first to 1000 β_last."""
+SIGMA_ENDS = {"ve": (0.01, 50.0), "edm": (0.002, 80.0)}
+CONTINUOUS = ("vp", "subvp", "ve", "edm")
 
 
 class DiffusionConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The forward process and how the reverse one is parameterised."""
 
-    schedule: Literal["linear", "cosine"] = "linear"
+    schedule: Literal[
+        "linear",
+        "scaled_linear",
+        "quadratic",
+        "cosine",
+        "sigmoid",
+        "laplace",
+        "betas",
+        "learned",
+        "vp",
+        "subvp",
+        "ve",
+        "edm",
+    ] = "linear"
+    """vp, subvp, ve and edm are continuous: t is drawn as a real number in training."""
     timesteps: int = Field(default=1000, ge=2, le=100_000)
-    prediction: Literal["eps"] = "eps"
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
-    """σ_t² of an ancestral step: the posterior variance β̃_t, or β_t."""
+    prediction: Prediction = "eps"
+    """What the network's output stands for."""
+    variance: Variance = "fixed_small"
+    """σ_t² of an ancestral step: the posterior variance β̃_t, or β_t, or learned between them."""
+    betas: Annotated[tuple[float, ...], Field(strict=False)] | None = None
+    """Of `schedule: betas`: one β a timestep."""
+    beta_start: float | None = Field(default=None, gt=0, lt=1)
+    beta_end: float | None = Field(default=None, gt=0, lt=1)
+    """Ends of the linear family, of 1,000 timesteps; see BETA_ENDS."""
+    sigma_min: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    sigma_max: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Ends of ve and edm; see SIGMA_ENDS."""
+    sigma_data: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    """Standard deviation of the data, of EDM's preconditioning."""
+    zero_terminal_snr: bool = False
+    """Rescale so that x_T holds nothing of x_0 (Lin et al. 2023)."""
+
+    @property
+    def is_continuous(self) -> bool:
+        return self.schedule in CONTINUOUS
+
+    def ends(self, of: dict[str, tuple[float, float]]) -> tuple[float, float]:
+        """The configured ends, or those of the literature."""
+        low, high = of[self.schedule]
+        given = (
+            (self.beta_start, self.beta_end)
+            if of is BETA_ENDS
+            else (self.sigma_min, self.sigma_max)
+        )
+        return (
+            low if given[0] is None else given[0],
+            high if given[1] is None else given[1],
+        )
+
+    @model_validator(mode="after")
+    def _the_keys_fit_the_schedule(self) -> "DiffusionConfig":
+        for names, of in (
+            (("beta_start", "beta_end"), BETA_ENDS),
+            (("sigma_min", "sigma_max"), SIGMA_ENDS),
+        ):
+            for name in names:
+                if getattr(self, name) is not None and self.schedule not in of:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no meaning for schedule="
+                        f"{self.schedule}: it belongs to {', '.join(of)}"
+                    )
+            if self.schedule in of:
+                low, high = self.ends(of)
+                if low >= high:
+                    raise ValueError(f"{names[0]}={low} must be below {names[1]}={high}")
+        if (self.betas is not None) != (self.schedule == "betas"):
+            raise ValueError(
+                "schedule=betas needs betas, a list of one number a timestep"
+                if self.betas is None
+                else f"betas has no meaning for schedule={self.schedule}: use schedule=betas"
+            )
+        if self.betas is not None and len(self.betas) != self.timesteps:
+            raise ValueError(
+                f"betas has {len(self.betas)} numbers, timesteps={self.timesteps} must be as many"
+            )
+        return self
 
     @model_validator(mode="after")
     def _betas_are_probabilities(self) -> "DiffusionConfig":
-        if self.schedule == "linear" and self.timesteps <= 20:
+        if self.betas is not None:
+            schedule_from_betas(torch.tensor(self.betas, dtype=torch.float64))
+        if self.schedule in ("linear", "quadratic", "scaled_linear"):
+            beta_end = self.ends(BETA_ENDS)[1]
+            fewest = math.floor(1000 * beta_end) + 1
+            if self.timesteps < fewest:
+                raise ValueError(
+                    f"timesteps={self.timesteps} is too few for the {self.schedule} schedule, "
+                    f"whose last β is {1000 * beta_end:g}/timesteps and must stay below 1: use at "
+                    f"least {fewest}, or schedule=cosine"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _terminal_snr_of_zero_can_be_predicted_from(self) -> "DiffusionConfig":
+        if not self.zero_terminal_snr:
+            return self
+        if self.prediction in ("eps", "score"):
             raise ValueError(
-                f"timesteps={self.timesteps} is too few for the linear schedule, whose last β is "
-                "20/timesteps and must stay below 1: use at least 21, or schedule=cosine"
+                f"zero_terminal_snr with prediction={self.prediction} cannot work: at the last "
+                "timestep x_T is noise alone, and x_0 = (x_T - ε)/0; use prediction=v or x_0"
+            )
+        if self.is_continuous or self.schedule == "learned":
+            raise ValueError(
+                f"zero_terminal_snr has no meaning for schedule={self.schedule}, whose ends are "
+                "its own: use one of the discrete schedules"
             )
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """β_t with α_t = 1 - β_t and ᾱ_t = Π_{s<=t} α_s; each (T,) float64."""
 
     beta: Tensor
     alpha: Tensor
     alpha_bar: Tensor
+    sde: Sde | None = None
+    """The process that is known between the timesteps, too; t = 0 is its t_min and T-1 its 1."""
 
     @property
     def timesteps(self) -> int:
         return len(self.beta)
 
     def alpha_bar_at(self, t: Tensor) -> Tensor:
-        """ᾱ_t for integer t of any shape, with ᾱ_{-1} = 1."""
-        return torch.where(t < 0, 1.0, self.alpha_bar[t.clamp(min=0)])
+        """ᾱ_t for integer or real t in 0 .. T-1, of any shape; 1 for t = -1, the clean image."""
+        if self.sde is not None:
+            return torch.where(t < 0, 1.0, _alpha_bar(self.sde, self.sde_time(t.clamp(min=0))))
+        lower = t.clamp(min=0, max=self.timesteps - 1).floor().long()
+        upper = (lower + 1).clamp(max=self.timesteps - 1)
+        part = t.double() - lower
+        log_snr = self.log_snr
+        between = torch.lerp(log_snr[lower], log_snr[upper], part).sigmoid()
+        return torch.where(t < 0, 1.0, torch.where(part == 0, self.alpha_bar[lower], between))
+
+    @property
+    def log_snr(self) -> Tensor:
+        """λ_t = log ᾱ_t/(1-ᾱ_t): (T,) float64, strictly falling."""
+        return self.alpha_bar.logit()
+
+    def t_at(self, log_snr: Tensor) -> Tensor:
+        """The real t with that log-SNR, the inverse of `alpha_bar_at`; clamped to 0 .. T-1."""
+        if self.sde is not None:
+            low, high = torch.zeros_like(log_snr), torch.full_like(log_snr, self.timesteps - 1)
+            for _ in range(60):  # bisection down to the last bit of t
+                middle = (low + high) / 2
+                noisier = self.alpha_bar_at(middle).logit() < log_snr
+                low, high = torch.where(noisier, low, middle), torch.where(noisier, middle, high)
+            return (low + high) / 2
+        rising = -self.log_snr
+        upper = torch.searchsorted(rising, -log_snr).clamp(1, self.timesteps - 1)
+        lower = upper - 1
+        part = (-log_snr - rising[lower]) / (rising[upper] - rising[lower])
+        return lower + part.clamp(0, 1)
+
+    def sde_time(self, t: Tensor) -> Tensor:
+        """The time of the SDE, t_min .. 1, at timestep t."""
+        assert self.sde is not None
+        return self.sde.t_min + (1 - self.sde.t_min) * t.double() / (self.timesteps - 1)
+
+
+def _alpha_bar(sde: Sde, u: Tensor) -> Tensor:
+    mean, std = sde.marginal(u)
+    return mean**2 / (mean**2 + std**2)
 
 
 def schedule_from_betas(beta: Tensor) -> Schedule:
@@ -61,21 +214,97 @@ def schedule_from_betas(beta: Tensor) -> Schedule:
     return Schedule(beta=beta, alpha=alpha, alpha_bar=alpha.cumprod(0))
 
 
-def linear(timesteps: int) -> Schedule:
+def schedule_from_alpha_bar(alpha_bar: Tensor, sde: Sde | None = None) -> Schedule:
+    """The tables of ᾱ_0 > ... > ᾱ_{T-1} >= 0, (T,) float64."""
+    if not ((alpha_bar < 1).all() and (alpha_bar.diff() < 0).all() and alpha_bar[-1] >= 0):
+        raise ValueError("ᾱ must fall strictly from below 1 to 0 or above")
+    alpha = alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    return Schedule(beta=1 - alpha, alpha=alpha, alpha_bar=alpha_bar, sde=sde)
+
+
+def linear(timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """β from 1e-4 to 0.02 (Ho et al. 2020, section 4), times 1000/T so that ᾱ_T stays the same."""
     scale = 1000 / timesteps
     return schedule_from_betas(
-        torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
+        torch.linspace(scale * beta_start, scale * beta_end, timesteps, dtype=torch.float64)
     )
+
+
+def quadratic(timesteps: int, beta_start: float, beta_end: float) -> Schedule:
+    """√β linear between its ends, times 1000/T: the "quadratic" of Song et al. 2021 (DDIM, D.2).
+
+    With other ends it is the "scaled linear" of latent diffusion.
+    """
+    root = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float64)
+    return schedule_from_betas(1000 / timesteps * root**2)
 
 
 def cosine(timesteps: int, s: float = 0.008) -> Schedule:
     """ᾱ(u) = cos²((u+s)/(1+s)·π/2) / cos²(s/(1+s)·π/2)  (Nichol & Dhariwal 2021, Eq. 17)."""
     u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
-    f = ((u + s) / (1 + s) * math.pi / 2).cos() ** 2
-    return schedule_from_betas((1 - f[1:] / f[:-1]).clamp(max=BETA_MAX))
+    return _capped(((u + s) / (1 + s) * math.pi / 2).cos() ** 2)
 
 
-def make_schedule(config: DiffusionConfig) -> Schedule:
-    """The schedule that a config names."""
-    return {"linear": linear, "cosine": cosine}[config.schedule](config.timesteps)
+def sigmoid(timesteps: int, start: float = -3.0, end: float = 3.0) -> Schedule:
+    """ᾱ(u) = (σ(-start - (end-start)u) - σ(-end)) / (σ(-start) - σ(-end)), with τ = 1.
+
+    Jabri et al. 2022, "Scalable adaptive computation", Algorithm 1.
+    """
+    u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    logit = start + (end - start) * u
+    return _capped((-logit).sigmoid() - (-logit[-1]).sigmoid())
+
+
+def laplace(timesteps: int, mu: float = 0.0, b: float = 0.5) -> Schedule:
+    """λ is Laplace distributed: λ(u) = μ - b sgn(½-u)... its quantiles (Hang & Gu 2024, table 1).
+
+    The quantiles at 0 and 1 are infinite; they are cut at a probability of 5e-7 on either side.
+    """
+    u = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
+    offset = u - 0.5
+    log_snr = mu + b * offset.sign() * torch.log1p(-2 * offset.abs() + 1e-6)
+    return schedule_from_alpha_bar(log_snr.sigmoid())
+
+
+def _capped(signal: Tensor) -> Schedule:
+    """The schedule of ᾱ ∝ signal, (T+1,) from u = 0 to 1, with each β at most BETA_MAX."""
+    return schedule_from_betas((1 - signal[1:] / signal[:-1]).clamp(max=BETA_MAX))
+
+
+def from_sde(sde: Sde, timesteps: int) -> Schedule:
+    """A continuous process in the variance-preserving frame."""
+    u = torch.linspace(sde.t_min, 1, timesteps, dtype=torch.float64)
+    return schedule_from_alpha_bar(_alpha_bar(sde, u), sde)
+
+
+def with_zero_terminal_snr(schedule: Schedule) -> Schedule:
+    """√ᾱ shifted to 0 at T-1 and scaled to keep ᾱ_0 (Lin et al. 2023, Algorithm 1)."""
+    root = schedule.alpha_bar.sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return schedule_from_alpha_bar(root**2)
+
+
+def make_schedule(config: DiffusionConfig, log_snr: Tensor | None = None) -> Schedule:
+    """The schedule that a config names.
+
+    Args:
+        log_snr: (T,) float64, what was learned; of `schedule: learned` alone.
+    """
+    T, name = config.timesteps, config.schedule
+    if name == "learned":
+        assert log_snr is not None, "a learned schedule comes with the weights"
+        return schedule_from_alpha_bar(log_snr.double().sigmoid())
+    if name in ("vp", "subvp"):
+        low, high = config.ends(BETA_ENDS)
+        kind = VP if name == "vp" else SubVP
+        return from_sde(kind(1000 * low, 1000 * high), T)
+    if name in ("ve", "edm"):
+        return from_sde(VE(*config.ends(SIGMA_ENDS)), T)
+    if name == "betas":
+        schedule = schedule_from_betas(torch.tensor(config.betas, dtype=torch.float64))
+    elif name in BETA_ENDS:
+        make = linear if name == "linear" else quadratic
+        schedule = make(T, *config.ends(BETA_ENDS))
+    else:
+        schedule = {"cosine": cosine, "sigmoid": sigmoid, "laplace": laplace}[name](T)
+    return with_zero_terminal_snr(schedule) if config.zero_terminal_snr else schedule

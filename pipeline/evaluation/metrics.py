@@ -10,6 +10,7 @@ from pipeline.data.images import to_unit
 from pipeline.data.shards import NO_LABEL, ImageSet
 from pipeline.diffusion.gaussian import q_sample
 from pipeline.diffusion.losses import simple_loss
+from pipeline.diffusion.parameterisation import target
 from pipeline.evaluation.features import TrainedClassifier, predict
 from pipeline.samplers.model import Model
 from pipeline.seeding import key, normal
@@ -40,6 +41,8 @@ def class_accuracy(
 def holdout_loss(model: Model, images: ImageSet, seed: int, batch: int = 64) -> tuple[float, float]:
     """L_simple of held-out images with fixed noise and evenly spread timesteps.
 
+    It is the loss in the model's own parameterisation, whatever it was weighted by in training.
+
     Returns:
         the mean over the images and its standard error; NaN for an empty set.
     """
@@ -56,8 +59,12 @@ def holdout_loss(model: Model, images: ImageSet, seed: int, batch: int = 64) -> 
         labels = torch.from_numpy(images.labels[rows])
         keys = [key(seed, "holdout_loss", i) for i in range(rows.start, rows.stop)]
         eps = normal(keys, tuple(x_0.shape[1:]))
-        x_t = q_sample(x_0, eps, model.schedule.alpha_bar[t[rows]])
+        alpha_bar = model.schedule.alpha_bar[t[rows]]
+        x_t = q_sample(x_0, eps, alpha_bar)
         null = labels.masked_fill(labels == NO_LABEL, model.spec.num_classes)
-        losses.append(simple_loss(eps, model.predict_eps(x_t, t[rows], null)))
+        output, _ = model.output(x_t, t[rows], alpha_bar, null)
+        config = model.spec.diffusion
+        wanted = target(config.prediction, x_0, eps, alpha_bar, config.sigma_data)
+        losses.append(simple_loss(wanted, output))
     loss = torch.cat(losses).double()
     return float(loss.mean()), float(loss.std() / math.sqrt(n)) if n > 1 else math.nan

@@ -139,10 +139,16 @@ class UNet(nn.Module):
         image_size: height and width in pixels.
         num_classes: 0 for an unconditional network; otherwise labels are 0 .. num_classes-1, and
             `num_classes` itself is the null label ∅ of classifier-free guidance.
+        out_channels: by default those of the image; twice as many where the variance is learned.
     """
 
     def __init__(
-        self, config: UNetConfig, channels: int, image_size: int, num_classes: int
+        self,
+        config: UNetConfig,
+        channels: int,
+        image_size: int,
+        num_classes: int,
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
         config.check_image_size(image_size)
@@ -181,7 +187,7 @@ class UNet(nn.Module):
         assert not widths
 
         self.norm_out = group_norm(width)
-        self.conv_out = zero_init(nn.Conv2d(width, channels, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(width, out_channels or channels, 3, padding=1))
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """ε_θ of x_t (B, C, H, W), t (B,) and label (B,) int64, None if unconditional."""

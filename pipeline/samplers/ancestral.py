@@ -1,28 +1,33 @@
-"""Ancestral sampling: x_s ~ p_θ(x_s | x_t), Ho et al. 2020, Algorithm 2, over any pairs."""
-
-from typing import Literal
+"""Ancestral sampling: x_s ~ p_θ(x_s | x_t), Ho et al. 2020, Algorithm 2, over any times."""
 
 import torch
+from torch import Tensor
 
 from pipeline.diffusion.gaussian import posterior_coefficients
-from pipeline.diffusion.schedules import Schedule
-from pipeline.samplers.plan import Plan, build_plan, trailing_timesteps
+from pipeline.diffusion.schedules import Schedule, Variance
+from pipeline.samplers.plan import LOG_RANGE, X_0, Plan, X, Z, make_row
 
 
-def ancestral(
-    schedule: Schedule,
-    steps: int,
-    variance: Literal["fixed_small", "fixed_large"],
-    clip_x_0: bool,
-) -> Plan:
-    """Each step draws from q(x_s | x_t, x̂_0), with variance β̃ (fixed_small) or β (fixed_large).
+def ancestral(schedule: Schedule, times: Tensor, variance: Variance) -> Plan:
+    """Each step draws from q(x_s | x_t, x̂_0), with variance β̃, β, or one learned between them.
 
-    The last step, to the clean image, adds no noise.
+    Nichol & Dhariwal 2021, Eq. 15, for the learned one. The step to the clean image adds no noise.
     """
-    pairs = trailing_timesteps(schedule.timesteps, steps)
-    t, s = torch.tensor(pairs).unbind(1)
-    alpha_bar_t, alpha_bar_s = schedule.alpha_bar_at(t), schedule.alpha_bar_at(s)
+    alpha_bar = schedule.alpha_bar_at(times)
+    alpha_bar_t, alpha_bar_s = alpha_bar[:-1], alpha_bar[1:]
     c_x_0, c_x, posterior_variance = posterior_coefficients(alpha_bar_t, alpha_bar_s)
     beta = 1 - alpha_bar_t / alpha_bar_s
-    c_z = (posterior_variance if variance == "fixed_small" else beta).sqrt()
-    return build_plan(pairs, alpha_bar_t, (c_x, c_x_0, c_z.where(s >= 0, 0.0)), clip_x_0)
+    c_z = (beta if variance == "fixed_large" else posterior_variance).sqrt()
+    rows = []
+    for i in range(len(times) - 1):
+        clean = float(times[i + 1]) < 0
+        update = {
+            (X, X): float(c_x[i]),
+            (X, X_0): float(c_x_0[i]),
+            (X, Z): 0.0 if clean else float(c_z[i]),
+        }
+        row = make_row(float(times[i]), float(alpha_bar_t[i]), update)
+        if variance == "learned_range" and not clean:
+            row[LOG_RANGE] = (beta[i] / posterior_variance[i]).log()
+        rows.append(row)
+    return Plan(torch.stack(rows))

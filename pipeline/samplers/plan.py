@@ -1,121 +1,272 @@
 """A sampler is a table.
 
 Every solver compiles, for a schedule and a number of steps, to a plan: a float64 table with one row
-per network evaluation. A row holds the timestep to evaluate at and the coefficients of one linear
-update of the state,
+per network evaluation. The state of an image is five images, its slots:
 
-    x̂_0 = clip((x - √(1-ᾱ) ε_θ(x, t)) / √ᾱ)
-    x   ← c_x x + c_x_0 x̂_0 + c_z z,    z ~ N(0, I)
+    X        x_t, what the network is evaluated at
+    ANCHOR   an x_t kept from an earlier row (Heun, single-step and predictor-corrector solvers)
+    H1 H2 H3 outputs kept from earlier rows, as x̂_0 or as ε (multistep solvers)
 
-Since ε is linear in x and x̂_0, that covers ancestral sampling and DDIM alike, and a clipped x̂_0
-brings its own consistent ε along. `advance` below is the only executor: `ddpm sample`, evaluation
-and serving all reach it through the engine, and each row of a batch may follow its own plan at its
-own position. `run_plan` is the plain loop around it, for one plan and a whole batch.
+A row evaluates the network at X, at the timestep T and the noise level ALPHA_BAR, turns its output
+into x̂_0, thresholds that, and then maps the state linearly,
+
+    (X, ANCHOR, H1, H2, H3)  ←  MATRIX · (X, ANCHOR, H1, H2, H3, x̂_0, z),    z ~ N(0, I)
+
+Since ε is linear in x_t and x̂_0, that covers every solver of the field with fixed steps, and a
+thresholded x̂_0 brings its own consistent ε along. x_t is in the variance-preserving frame, where
+x_T ~ N(0, I), whatever the process (see pipeline/diffusion/sde.py).
+
+`advance` is the only executor: `ddpm sample`, evaluation and serving all reach it through the
+engine, and each row of a batch may follow its own plan at its own position. `run_plan` is the plain
+loop around it, for one plan and a whole batch.
 """
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from pipeline.diffusion.gaussian import like, predict_x_0
+from pipeline.diffusion.gaussian import like
 
-T, ALPHA_BAR, C_X, C_X_0, C_Z, CLIP = range(6)
-"""Columns of a plan. CLIP is the bound on |x̂_0|, inf for none."""
+X, ANCHOR, H1, H2, H3 = SLOTS = range(5)
+X_0, Z = 5, 6
+"""The slots of the state, and what else a row draws on: x̂_0 and fresh noise."""
+NUM_SOURCES = 7
 
+T, ALPHA_BAR, GUIDANCE, RESCALE, CLIP, QUANTILE, LOG_RANGE = range(7)
+"""Columns of a plan before the matrix.
+
+GUIDANCE: w, 0 for none. RESCALE: φ of guidance rescale. CLIP: the bound on |x̂_0|, inf for none.
+QUANTILE: of |x̂_0|, for dynamic thresholding; 0 for none. LOG_RANGE: log β/β̃, by which a learned
+variance may exceed the β̃ of the matrix; 0 if the variance is not learned.
+"""
+MATRIX = slice(7, 7 + len(SLOTS) * NUM_SOURCES)
+NUM_COLUMNS = MATRIX.stop
 
 DEFAULT_STEPS = 50
+
+SamplerName = Literal[
+    "ancestral",
+    "ddim",
+    "euler",
+    "heun",
+    "dpm_solver",
+    "dpm_solver_pp",
+    "pndm",
+    "unipc",
+    "deis",
+    "euler_maruyama",
+    "langevin",
+    "ode",
+]
+Spacing = Literal["trailing", "leading", "linspace", "karras", "log_snr"]
+
+OFFLINE = ("langevin", "ode")
+"""Their steps depend on the data: they are no plans, and run one request at a time."""
+
+OWNERS = {
+    "eta": ("ddim",),
+    "order": ("dpm_solver", "dpm_solver_pp", "unipc", "deis"),
+    "singlestep": ("dpm_solver", "dpm_solver_pp"),
+    "stochastic": ("dpm_solver_pp",),
+    "churn": ("euler", "heun"),
+    "churn_min": ("euler", "heun"),
+    "churn_max": ("euler", "heun"),
+    "churn_noise": ("euler", "heun"),
+    "corrector_steps": ("langevin",),
+    "corrector_snr": ("langevin",),
+    "predictor": ("langevin",),
+    "rtol": ("ode",),
+    "atol": ("ode",),
+}
+"""Settings that only some samplers have."""
 
 
 class SamplingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How images are drawn."""
 
-    sampler: Literal["ancestral", "ddim"] = "ddim"
+    sampler: SamplerName = "ddim"
     steps: int = Field(default=DEFAULT_STEPS, ge=1)
-    """Network evaluations an image, at most the schedule's timesteps."""
+    """Noise levels visited, at most the schedule's timesteps. Most samplers evaluate the network
+    once at each; heun and single-step solvers between them, too."""
+    spacing: Spacing = "trailing"
+    """Where the noise levels lie: see pipeline/samplers/spacing.py."""
     guidance: float = Field(default=0.0, ge=0.0, le=50.0, allow_inf_nan=False)
     """w of classifier-free guidance, ε = (1+w) ε(c) - w ε(∅); 0 is the plain conditional model."""
-    eta: float = Field(default=0.0, ge=0.0, le=1.0, allow_inf_nan=False)
-    """DDIM's η: 0 is deterministic, 1 is ancestral with σ² = β̃."""
+    guidance_rescale: float = Field(default=0.0, ge=0.0, le=1.0)
+    """φ: how far the guided output gets back the standard deviation of the conditional one."""
+    guidance_interval: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    """[σ_low, σ_high]: guide only at noise levels σ = √((1-ᾱ)/ᾱ) within it."""
     clip_x_0: bool = True
     """Clip x̂_0 to the data range [-1, 1] at every step."""
+    threshold_quantile: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Dynamic thresholding: clip to this quantile of |x̂_0| where it is above 1, divide by it."""
+    eta: float = Field(default=0.0, ge=0.0, le=1.0)
+    """DDIM's η: 0 is deterministic, 1 is ancestral with σ² = β̃."""
+    order: Literal[1, 2, 3] = 2
+    """Of dpm_solver, dpm_solver_pp, unipc and deis."""
+    singlestep: bool = False
+    """Reach the order by evaluations between the noise levels, not by those before."""
+    stochastic: bool = False
+    """DPM-Solver++ for the SDE: fresh noise at every step."""
+    churn: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    churn_min: float = Field(default=0.0, ge=0.0)
+    churn_max: float | None = Field(default=None, ge=0.0)
+    churn_noise: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    """S_churn, S_tmin, S_tmax (none: no bound) and S_noise of Karras et al. 2022, Algorithm 2."""
+    corrector_steps: int = Field(default=1, ge=0, le=100)
+    corrector_snr: float = Field(default=0.16, gt=0.0, le=1.0)
+    """Langevin steps at each noise level, and their signal-to-noise ratio r."""
+    predictor: Literal["ancestral", "none"] = "ancestral"
+    """none: annealed Langevin dynamics, correctors alone."""
+    rtol: float = Field(default=1e-5, ge=1e-10, le=1e-1)
+    atol: float = Field(default=1e-5, ge=1e-10, le=1e-1)
+    """Tolerances of the adaptive ODE solver."""
 
     @model_validator(mode="after")
-    def _eta_belongs_to_ddim(self) -> "SamplingConfig":
-        if self.eta and self.sampler != "ddim":
+    def _settings_belong_to_the_sampler(self) -> "SamplingConfig":
+        for name, owners in OWNERS.items():
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and self.sampler not in owners:
+                raise ValueError(
+                    f"{name}={value} has no meaning for sampler={self.sampler}: drop it, or use "
+                    f"{' or '.join(owners)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_fit_each_other(self) -> "SamplingConfig":
+        if self.guidance_rescale and not self.guidance:
+            raise ValueError(f"guidance_rescale={self.guidance_rescale} needs guidance above 0")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not self.guidance:
+                raise ValueError("guidance_interval needs guidance above 0")
+            if not 0 <= low < high:
+                raise ValueError(
+                    f"guidance_interval={self.guidance_interval} must be [low, high] with "
+                    "0 <= low < high"
+                )
+        if self.threshold_quantile is not None and not self.clip_x_0:
             raise ValueError(
-                f"eta={self.eta} is DDIM's and has no meaning for {self.sampler}: drop it"
+                f"threshold_quantile={self.threshold_quantile} thresholds x̂_0, clip_x_0=false "
+                "says not to: drop one of them"
+            )
+        if self.churn_max is not None and self.churn_min > self.churn_max:
+            raise ValueError(
+                f"churn_min={self.churn_min} must be at most churn_max={self.churn_max}"
+            )
+        if self.stochastic and self.order == 3:
+            raise ValueError("stochastic has orders 1 and 2: use order=2")
+        if self.sampler == "langevin" and self.predictor == "none" and not self.corrector_steps:
+            raise ValueError(
+                "predictor=none needs corrector_steps of 1 or more: nothing would move"
             )
         return self
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One solver for one schedule: (network evaluations, 6 columns) float64."""
+    """One solver for one schedule: (network evaluations, NUM_COLUMNS) float64."""
 
     table: Tensor
 
     def __len__(self) -> int:
         return len(self.table)
 
+    def __getitem__(self, entry: tuple[int, int]) -> Tensor:
+        """The matrix entry (slot, source) of every row: (network evaluations,)."""
+        slot, source = entry
+        return self.table[:, MATRIX.start + slot * NUM_SOURCES + source]
 
-def trailing_timesteps(timesteps: int, steps: int) -> list[tuple[int, int]]:
-    """Explicit pairs (t, s) to step between, from t = T-1 down to s = -1, the clean image.
 
-    "Trailing" spacing (Lin et al. 2023, table 2) always starts at the last timestep, where x_T is
-    noise. Pairs are explicit since a fixed stride names the wrong s unless `steps` divides T.
+Update = Mapping[tuple[int, int], float]
+"""The entries of a row's matrix that are not 0: {(slot, source): coefficient}."""
 
-    Raises:
-        ValueError: steps is not in 1 .. T.
+
+def make_row(t: float, alpha_bar: float, update: Update) -> Tensor:
+    """One row of a plan, without guidance and thresholds: (NUM_COLUMNS,) float64."""
+    row = torch.zeros(NUM_COLUMNS, dtype=torch.float64)
+    row[T], row[ALPHA_BAR], row[CLIP] = t, alpha_bar, torch.inf
+    for (slot, source), coefficient in update.items():
+        row[MATRIX.start + slot * NUM_SOURCES + source] = coefficient
+    return row
+
+
+def with_settings(plan: Plan, config: SamplingConfig) -> Plan:
+    """The plan with the columns that are the same for every solver: guidance and thresholds."""
+    table = plan.table.clone()
+    table[:, GUIDANCE] = config.guidance
+    if config.guidance_interval is not None:  # Kynkäänniemi et al. 2024
+        low, high = config.guidance_interval
+        sigma = ((1 - table[:, ALPHA_BAR]) / table[:, ALPHA_BAR]).sqrt()
+        table[(sigma < low) | (sigma > high), GUIDANCE] = 0
+    table[:, RESCALE] = config.guidance_rescale
+    table[:, CLIP] = 1.0 if config.clip_x_0 else torch.inf
+    table[:, QUANTILE] = config.threshold_quantile or 0.0
+    return Plan(table)
+
+
+def start(x_T: Tensor) -> Tensor:
+    """The state before the first row: (B, 5, ...) from x_T (B, ...)."""
+    state = torch.zeros(len(x_T), len(SLOTS), *x_T.shape[1:], dtype=x_T.dtype, device=x_T.device)
+    state[:, X] = x_T
+    return state
+
+
+def needs_noise(rows: Tensor) -> Tensor:
+    """Which of the rows (..., NUM_COLUMNS) draw on fresh noise: (...) bool."""
+    return (rows[..., MATRIX][..., Z::NUM_SOURCES] != 0).any(-1)
+
+
+def threshold(x_0: Tensor, rows: Tensor) -> Tensor:
+    """x̂_0 within its bound: clipped, or dynamically thresholded (Saharia et al. 2022, 2.3)."""
+    bound = like(rows[:, CLIP], x_0)
+    dynamic = rows[:, QUANTILE] > 0
+    if dynamic.any():
+        scale = torch.ones(len(x_0), dtype=torch.float64)
+        for i in dynamic.nonzero().flatten().tolist():
+            s = torch.quantile(x_0[i].float().abs().flatten(), float(rows[i, QUANTILE]))
+            scale[i] = max(float(s), 1.0)
+        bound = bound * like(scale, x_0)
+        return x_0.clamp(-bound, bound) / like(scale, x_0)
+    return x_0.clamp(-bound, bound)
+
+
+def advance(state: Tensor, x_0: Tensor, z: Tensor, rows: Tensor) -> Tensor:
+    """One row of a plan for each row of a batch: the next state.
+
+    state: (B, 5, C, H, W); x_0, z: (B, C, H, W); rows: (B, NUM_COLUMNS) float64, a plan's row for
+    each image, on the CPU. The sum is taken term by term in one order, and a term of another image
+    adds 0 to this one: the result does not depend on the company.
     """
-    if not 1 <= steps <= timesteps:
-        raise ValueError(f"steps={steps} must be from 1 to the schedule's {timesteps} timesteps")
-    stops = [round(timesteps * (steps - i) / steps) - 1 for i in range(steps + 1)]
-    return list(itertools.pairwise(stops))
-
-
-def build_plan(
-    pairs: list[tuple[int, int]],
-    alpha_bar_t: Tensor,
-    coefficients: tuple[Tensor, Tensor, Tensor],
-    clip_x_0: bool,
-) -> Plan:
-    """The table of the pairs (t, s) from the solver's (c_x, c_x_0, c_z), each (steps,) float64."""
-    t = torch.tensor([t for t, _ in pairs], dtype=torch.float64)
-    clip = torch.full_like(t, 1.0 if clip_x_0 else torch.inf)
-    return Plan(torch.stack([t, alpha_bar_t, *coefficients, clip], dim=1))
-
-
-def advance(x: Tensor, eps: Tensor, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """One row of a plan for each row of a batch: (next x, x̂_0).
-
-    x, eps, z: (B, C, H, W); rows: (B, 6) float64, a plan's row for each image, on the CPU.
-    """
-    bound = like(rows[:, CLIP], x)
-    x_0 = predict_x_0(x, eps, rows[:, ALPHA_BAR]).clamp(-bound, bound)
-    x = like(rows[:, C_X], x) * x + like(rows[:, C_X_0], x) * x_0 + like(rows[:, C_Z], x) * z
-    return x, x_0
+    matrix = rows[:, MATRIX].unflatten(1, (len(SLOTS), NUM_SOURCES))
+    sources = [*state.unbind(1), x_0, z]
+    following = torch.zeros_like(state)
+    for slot, source in matrix.any(0).nonzero().tolist():
+        following[:, slot] += like(matrix[:, slot, source], x_0) * sources[source]
+    return following
 
 
 def run_plan(
     plan: Plan,
-    predict_eps: Callable[[Tensor, Tensor], Tensor],
+    predict_x_0: Callable[[Tensor, Tensor, Tensor], Tensor],
     x_T: Tensor,
     noise: Callable[[int], Tensor],
 ) -> Tensor:
     """Follow one plan with a whole batch, from x_T (B, ...) to the clean images.
 
     Args:
-        predict_eps: (x_t, t) -> ε, with t (B,) float64.
+        predict_x_0: (x_t, t, ᾱ_t) -> x̂_0, with t and ᾱ_t (B,) float64.
         noise: i -> z for the plan's row i, asked for only where the row adds noise.
     """
-    x = x_T
+    state = start(x_T)
     for i, row in enumerate(plan.table):
-        rows = row.expand(len(x), -1)
-        z = noise(i) if row[C_Z] else torch.zeros_like(x)
-        x, _ = advance(x, predict_eps(x, rows[:, T]), z, rows)
-    return x
+        rows = row.expand(len(x_T), -1)
+        z = noise(i) if needs_noise(row) else torch.zeros_like(x_T)
+        x_0 = threshold(predict_x_0(state[:, X], rows[:, T], rows[:, ALPHA_BAR]), rows)
+        state = advance(state, x_0, z, rows)
+    return state[:, X]

@@ -24,10 +24,23 @@ import torch
 from torch import Tensor
 
 from pipeline.data.images import to_uint8
-from pipeline.diffusion.gaussian import guided_eps
+from pipeline.diffusion.gaussian import like
+from pipeline.diffusion.guidance import guided, rescaled
 from pipeline.errors import RequestError
 from pipeline.samplers.model import Model, ModelSpec, make_plan
-from pipeline.samplers.plan import C_Z, SamplingConfig, T, advance
+from pipeline.samplers.plan import (
+    ALPHA_BAR,
+    GUIDANCE,
+    LOG_RANGE,
+    RESCALE,
+    SamplingConfig,
+    T,
+    X,
+    advance,
+    needs_noise,
+    start,
+    threshold,
+)
 from pipeline.seeding import key, normal
 
 EXACT_ROWS = 16
@@ -48,17 +61,21 @@ class ImageRequest:
 
 @dataclass(eq=False)
 class _Image:
-    """An image in hand: at which row of its plan it is, and its x_t."""
+    """An image in hand: at which row of its plan it is, and the state of its sampler."""
 
     ticket: int
     request: ImageRequest
-    table: Tensor  # (steps, 6)
+    table: Tensor  # (network evaluations, NUM_COLUMNS)
     position: int
-    x: Tensor  # (C, H, W)
+    state: Tensor  # (5, C, H, W)
+
+    @property
+    def row(self) -> Tensor:
+        return self.table[self.position]
 
     @property
     def rows(self) -> int:
-        return 2 if self.request.sampling.guidance else 1
+        return 2 if self.row[GUIDANCE] else 1
 
 
 class Engine:
@@ -101,9 +118,9 @@ class Engine:
         check_request(self.model.spec, request)
         ticket = self._next_ticket
         self._next_ticket += 1
-        table = make_plan(self.model.spec, request.sampling).table
-        x_T = normal([_noise_key(request, 0)], self.model.spec.image_shape)[0]
-        self._waiting.append(_Image(ticket, request, table, 0, x_T))
+        table = make_plan(self.model, request.sampling).table
+        x_T = normal([_noise_key(request, 0)], self.model.spec.image_shape)
+        self._waiting.append(_Image(ticket, request, table, 0, start(x_T)[0]))
         return ticket
 
     def step(self) -> list[tuple[int, np.ndarray]]:
@@ -111,18 +128,20 @@ class Engine:
         images = self._gather()
         if not images:
             return []
-        x = torch.stack([image.x for image in images])  # (n, C, H, W)
-        rows = torch.stack([image.table[image.position] for image in images])  # (n, 6)
-        z = torch.zeros_like(x)
-        for i, image in enumerate(images):
-            if rows[i, C_Z]:
-                noise_key = _noise_key(image.request, image.position + 1)
-                z[i] = normal([noise_key], self.model.spec.image_shape)[0]
-        x, _ = advance(x, self._eps(images, x, rows[:, T]), z, rows)
+        state = torch.stack([image.state for image in images])  # (n, 5, C, H, W)
+        rows = torch.stack([image.row for image in images])  # (n, NUM_COLUMNS)
+        x_0, fraction = self._x_0(images, state[:, X], rows)
+        z = torch.zeros_like(x_0)
+        for i in needs_noise(rows).nonzero().flatten().tolist():
+            noise_key = _noise_key(images[i].request, images[i].position + 1)
+            z[i] = normal([noise_key], self.model.spec.image_shape)[0]
+        if fraction is not None:  # the learned part of the variance, above β̃ of the plan
+            z = z * (like(rows[:, LOG_RANGE], z) * fraction / 2).exp()
+        state = advance(state, threshold(x_0, rows), z, rows)
 
         finished = []
-        for image, x_next in zip(images, x, strict=True):
-            image.x = x_next
+        for image, following in zip(images, state, strict=True):
+            image.state = following
             image.position += 1
             if image.position == len(image.table):
                 finished.append(image)
@@ -130,7 +149,7 @@ class Engine:
             self._waiting.remove(image)
         if not finished:
             return []
-        pixels = to_uint8(torch.stack([image.x for image in finished]))
+        pixels = to_uint8(torch.stack([image.state[X] for image in finished]))
         return [(image.ticket, p) for image, p in zip(finished, pixels, strict=True)]
 
     def generate(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[int, np.ndarray]]:
@@ -160,29 +179,39 @@ class Engine:
                 break
         return images
 
-    def _eps(self, images: list[_Image], x: Tensor, t: Tensor) -> Tensor:
-        """ε of each image, guided where it asks for it, by one call of the network."""
-        null = self.model.spec.num_classes
+    def _x_0(self, images: list[_Image], x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x̂_0 of each image, guided where its plan says so, by one call of the network.
+
+        And the fraction of a learned variance; both (n, C, H, W).
+        """
+        n, null = len(images), self.model.spec.num_classes
         labels = [null if image.request.label is None else image.request.label for image in images]
-        guided = torch.tensor([image.rows == 2 for image in images])
-        num_rows = len(images) + int(guided.sum())
+        w = rows[:, GUIDANCE]
+        is_guided = w != 0
+        num_rows = n + int(is_guided.sum())
         padding = self.rows - num_rows if self.mode == "exact" else 0
-        x_rows = torch.cat([x, x[guided], x.new_zeros(padding, *x.shape[1:])])
-        t_rows = torch.cat([t, t[guided], t.new_zeros(padding)])
-        label_rows = torch.tensor(labels + [null] * (num_rows - len(images) + padding))
+        x_rows = torch.cat([x, x[is_guided], x.new_zeros(padding, *x.shape[1:])])
+        t, alpha_bar = (
+            torch.cat([column, column[is_guided], column[:1].expand(padding)])
+            for column in (rows[:, T], rows[:, ALPHA_BAR])
+        )
+        label_rows = torch.tensor(labels + [null] * (num_rows - n + padding))
 
         with self._threads():
-            eps = self.model.predict_eps(
-                x_rows.to(self.device), t_rows.to(self.device), label_rows.to(self.device)
-            ).cpu()
+            output, fraction = self.model.output(x_rows.to(self.device), t, alpha_bar, label_rows)
         self.num_calls += 1
         self.num_useful_rows += num_rows
-        eps_label, eps_null = eps[: len(images)], eps[len(images) : num_rows]
-        if guided.any():
-            w = torch.tensor([image.request.sampling.guidance for image in images], dtype=t.dtype)
-            eps_label = eps_label.clone()
-            eps_label[guided] = guided_eps(eps_label[guided], eps_null, w[guided])
-        return eps_label
+        output = output.cpu()
+        out, out_null = output[:n], output[n:num_rows]
+        if is_guided.any():
+            out = out.clone()
+            steered = guided(out[is_guided], out_null, w[is_guided])
+            phi = rows[is_guided, RESCALE]
+            if phi.any():
+                steered = rescaled(steered, out[is_guided], phi)
+            out[is_guided] = steered
+        x_0 = self.model.x_0(out, x, rows[:, ALPHA_BAR])
+        return x_0, None if fraction is None else fraction[:n].cpu()
 
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:

@@ -20,13 +20,14 @@ from pipeline.data.images import to_unit
 from pipeline.data.shards import NO_LABEL
 from pipeline.diffusion.gaussian import q_sample
 from pipeline.diffusion.losses import simple_loss
-from pipeline.diffusion.schedules import Schedule
+from pipeline.diffusion.parameterisation import network_input, target
+from pipeline.diffusion.schedules import DiffusionConfig, Schedule
 from pipeline.seeding import key, normal, uniform
 from pipeline.training.ema import Ema
 
 
 class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """How ε_θ is fitted. Steps are optimizer steps; the batch size is of all workers together."""
+    """How the network is fitted. Steps are optimizer steps; the batch size is of all workers together."""
 
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -98,7 +99,7 @@ class Draws:
     """What is random about a rank's rows at one step."""
 
     t: Tensor
-    """(b,) int64, uniform over 0 .. T-1"""
+    """(b,) float64: uniform over the integers 0 .. T-1, or over the reals between them"""
     eps: Tensor
     """(b, C, H, W) float32, standard normal"""
     drop_label: Tensor
@@ -106,19 +107,29 @@ class Draws:
 
 
 def draw(
-    seed: int, step: int, rows: range, shape: tuple[int, ...], timesteps: int, label_dropout: float
+    seed: int,
+    step: int,
+    rows: range,
+    shape: tuple[int, ...],
+    timesteps: int,
+    label_dropout: float,
+    continuous: bool = False,
 ) -> Draws:
     """The draws of rows of global batch `step`, the same whichever rank asks for them."""
-    t = [int(uniform(key(seed, "timestep", step, row)) * timesteps) for row in rows]
+    u = torch.tensor(
+        [uniform(key(seed, "timestep", step, row)) for row in rows], dtype=torch.float64
+    )
+    t = u * (timesteps - 1) if continuous else (u * timesteps).floor()
     drop = [uniform(key(seed, "label_dropout", step, row)) < label_dropout for row in rows]
     eps = normal([key(seed, "noise", step, row) for row in rows], shape)
-    return Draws(torch.tensor(t), eps, torch.tensor(drop))
+    return Draws(t, eps, torch.tensor(drop))
 
 
 def train(
     state: TrainState,
     forward: nn.Module,
     batches: Batches,
+    diffusion: DiffusionConfig,
     schedule: Schedule,
     config: TrainingConfig,
     num_classes: int,
@@ -128,7 +139,7 @@ def train(
     """Train from state.step to config.steps; after each yield `state` is that of a finished step.
 
     Args:
-        forward: what computes ε_θ and reduces gradients over the ranks: state.network itself, or
+        forward: what computes the network and reduces gradients over the ranks: state.network itself, or
             its DistributedDataParallel wrapping.
         num_classes: also the null label; 0 for an unconditional network.
     """
@@ -139,10 +150,12 @@ def train(
         x_0, label, t, eps = _prepare(
             batches.at(step), step, schedule, config, num_classes, seed, device
         )
-        x_t = q_sample(x_0, eps, schedule.alpha_bar[t])
+        alpha_bar = schedule.alpha_bar_at(t)
+        image, time = network_input(diffusion, q_sample(x_0, eps, alpha_bar), t, alpha_bar)
         with autocast:
-            eps_hat = forward(x_t, t.to(device, non_blocking=True), label)
-        loss = simple_loss(eps, eps_hat).mean()
+            output = forward(image, time.to(device, non_blocking=True), label)
+        wanted = target(diffusion.prediction, x_0, eps, alpha_bar, diffusion.sigma_data)
+        loss = simple_loss(wanted, output).mean()
 
         state.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -165,9 +178,17 @@ def _prepare(
     seed: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(x_0, label, t, eps) of a rank's rows; t stays on the CPU, beside the schedule's tables."""
+    """(x_0, label, t, eps) of a rank's rows; t stays on the CPU, with the schedule."""
     _b, H, W, C = batch.pixels.shape
-    draws = draw(seed, step, batch.rows, (C, H, W), schedule.timesteps, config.label_dropout)
+    draws = draw(
+        seed,
+        step,
+        batch.rows,
+        (C, H, W),
+        schedule.timesteps,
+        config.label_dropout,
+        continuous=schedule.sde is not None,
+    )
     x_0 = to_unit(batch.pixels.to(device, non_blocking=True))
     label = None
     if num_classes:
