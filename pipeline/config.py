@@ -14,14 +14,15 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.data.sources import DataConfig
 from pipeline.diffusion.schedules import DiffusionConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, RequestError
 from pipeline.evaluation.metrics import EvaluationConfig
 from pipeline.networks.unet import UNetConfig
 from pipeline.registry.models import RegistryConfig
 from pipeline.registry.runs import TrackingConfig
+from pipeline.samplers.model import check_sampling
 from pipeline.samplers.plan import SamplingConfig
 from pipeline.serving.api import ServingConfig
-from pipeline.training.loop import TrainingConfig
+from pipeline.training.loop import TrainingConfig, check_objective
 
 
 class ClusterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -59,10 +60,16 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     @model_validator(mode="after")
     def _sections_fit_each_other(self) -> "RunConfig":
         self.network.check_image_size(self.data.image_size)
-        if self.sampling.steps > self.diffusion.timesteps:
+        check_objective(self.diffusion, self.training)
+        try:
+            check_sampling(self.diffusion, self.sampling)
+        except RequestError as error:
+            raise ValueError(f"sampling: {error.message}") from error
+        if self.evaluation.ode_images and self.diffusion.zero_terminal_snr:
             raise ValueError(
-                f"sampling.steps={self.sampling.steps} must be at most "
-                f"diffusion.timesteps={self.diffusion.timesteps}"
+                f"evaluation.ode_images={self.evaluation.ode_images} needs a last timestep of "
+                "finite log-SNR, where the ODE ends, and diffusion.zero_terminal_snr has none: "
+                "use 0"
             )
         if self.sampling.guidance and not self.training.label_dropout:
             raise ValueError(
@@ -93,7 +100,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections such as `data:` and `training:`")
     for override in overrides or []:
-        _apply(values, override)
+        apply_override(values, override)
     return validate_config(values, path)
 
 
@@ -201,7 +208,12 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: this is not YAML ({error})") from error
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Put `key.path=value` into nested plain values; the value is read as YAML.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
     path, equals, text = override.partition("=")
     if not equals or not path.strip():
         raise ConfigError(

@@ -107,6 +107,24 @@ def show_config(config: ConfigArg, set_: SetOption = None) -> None:
     print(yaml.safe_dump(resolved.model_dump(), sort_keys=False), end="")
 
 
+@app.command("schedule")
+def draw_schedule(
+    config: ConfigArg,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("schedule.png"),
+    set_: SetOption = None,
+) -> None:
+    """Draw the noise schedule and the timesteps that the sampler visits, and say how it ends."""
+    from tasks import schedule as drawing
+
+    resolved, _ = _load(config, set_)
+    diffusion, sampling = resolved.diffusion, resolved.sampling
+    schedule = drawing.schedule_of(diffusion)
+    storage.write_bytes(str(out.absolute()), drawing.draw(schedule, diffusion, sampling))
+    for line in drawing.describe(schedule, diffusion, sampling):
+        console.print(line)
+    console.print(f"picture   {shown(str(out.absolute()))}")
+
+
 def _run_stages(config_path: str, overrides: list[str] | None, target: str) -> None:
     config, tracking_uri = _load(config_path, overrides)
     storage.check_writable(config.storage)
@@ -174,18 +192,28 @@ def sample(
     model: ModelArg,
     n: Annotated[int, typer.Option("-n", help="Number of images.")] = 16,
     seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
-    sampler: Annotated[str, typer.Option(help="ancestral or ddim.")] = "ddim",
+    sampler: Annotated[
+        str, typer.Option(help="ddim, dpm_solver_pp, unipc, heun, ancestral, ...; see the README.")
+    ] = "ddim",
     steps: Annotated[
-        int | None, typer.Option(help="Network evaluations an image; 50 by default.")
+        int | None, typer.Option(help="Noise levels an image passes; 50 by default.")
     ] = None,
+    spacing: Annotated[
+        str, typer.Option(help="trailing, leading, linspace, karras or log_snr.")
+    ] = "trailing",
+    order: Annotated[int, typer.Option(help="1, 2 or 3, of the solvers that have one.")] = 2,
     label: Annotated[int | None, typer.Option(help="Class to draw; none by default.")] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance weight w.")] = 0.0,
     eta: Annotated[float, typer.Option(help="DDIM's η.")] = 0.0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other key of a config's `sampling`, as in churn=10."),
+    ] = None,
     mode: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("samples"),
 ) -> None:
     """Draw images from a registered model: DIR/0000.png ... and DIR/grid.png."""
-    from pipeline.config import ClusterConfig
+    from pipeline.config import ClusterConfig, apply_override
     from pipeline.registry.models import load_model, resolve
     from pipeline.serving.engine import ImageRequest, check_request
     from tasks import cluster
@@ -197,7 +225,15 @@ def sample(
         raise RequestError(f"--seed {seed} must be from 0 to 2**63-1", "seed")
     if mode not in ("exact", "fast"):
         raise RequestError(f"--mode {mode} must be exact or fast", "mode")
-    values = {"sampler": sampler, "guidance": guidance, "eta": eta}
+    values: dict[str, Any] = {
+        "sampler": sampler,
+        "spacing": spacing,
+        "order": order,
+        "guidance": guidance,
+        "eta": eta,
+    }
+    for setting in settings or []:
+        apply_override(values, setting)
     sampling = _sampling(**values, **({} if steps is None else {"steps": steps}))
     reference = resolve(model, _tracking_uri(None))
     spec = load_model(reference.uri, reference.tracking_uri).spec
@@ -367,11 +403,10 @@ def submit(
 def _load(path: str, overrides: list[str] | None) -> tuple["RunConfig", str]:
     """The config with absolute places, and the tracking URI."""
     from pipeline.config import load_config
+    from pipeline.data import sources
 
     config = load_config(path, overrides)
-    source = config.data.source
-    if not source.startswith("builtin:"):
-        source = storage.absolute(source)
+    source = sources.absolute(config.data.source)
     config = config.model_copy(
         update={
             "storage": storage.absolute(config.storage),

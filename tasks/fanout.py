@@ -8,12 +8,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import ray
 
 from pipeline.registry.models import load_model
 from pipeline.samplers.model import Model
-from pipeline.serving.engine import Engine, ImageRequest, Mode
+from pipeline.serving import offline
+from pipeline.serving.engine import ImageRequest, Mode
+from pipeline.serving.offline import Drawn
 from tasks.cluster import worker_device
 
 IMAGES_PER_TASK = 48
@@ -21,15 +22,14 @@ IMAGES_PER_TASK = 48
 
 
 @functools.lru_cache(maxsize=2)  # a worker process draws from one model many times
-def _model(uri: str, tracking_uri: str | None) -> Model:
+def cached_model(uri: str, tracking_uri: str | None) -> Model:
+    """`load_model`, kept by the process."""
     return load_model(uri, tracking_uri)
 
 
-def draw(
-    uri: str, tracking_uri: str | None, requests: Sequence[ImageRequest], mode: Mode
-) -> np.ndarray:
-    """The images of `requests`, in order, drawn in this process: (N, H, W, C) uint8."""
-    return Engine(_model(uri, tracking_uri), mode, device=worker_device()).draw(requests)
+def draw(uri: str, tracking_uri: str | None, requests: Sequence[ImageRequest], mode: Mode) -> Drawn:
+    """The images of `requests`, in order, drawn in this process."""
+    return offline.draw(cached_model(uri, tracking_uri), requests, mode, device=worker_device())
 
 
 _draw_task = ray.remote(max_retries=3)(draw)
@@ -41,8 +41,8 @@ def draw_on_cluster(
     requests: Sequence[ImageRequest],
     mode: Mode,
     gpus_per_task: int = 0,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Draw `requests` in chunks, in tasks; yields (start, (n, H, W, C) uint8) as chunks finish.
+) -> Iterator[tuple[int, Drawn]]:
+    """Draw `requests` in chunks, in tasks; yields (start, images) as chunks finish.
 
     Args:
         uri: of the model, see `load_model`.

@@ -36,7 +36,7 @@ def scan_source(config: DataConfig, storage_uri: str, remember: bool) -> Source:
             index = storage.read_json(index_uri)
         except (FileNotFoundError, ValueError):
             index = {}
-    source, entries = scan(config.source, index)
+    source, entries = scan(config.source, index, config.class_names)
     if remember and {key: tuple(entry) for key, entry in index.items()} != entries:
         storage.write_json(index_uri, entries)
     return source

@@ -11,7 +11,8 @@ from pipeline import storage
 from pipeline.data.images import grid
 from pipeline.registry.models import ModelReference, load_model
 from pipeline.seeding import key
-from pipeline.serving.engine import Engine, ImageRequest, Mode
+from pipeline.serving.engine import ImageRequest, Mode
+from pipeline.serving.offline import draw
 from pipeline.serving.recipe import Recipe, encode, fingerprint
 from pipeline.storage import FileEntry
 from tasks.fanout import draw_on_cluster
@@ -38,8 +39,8 @@ def draw_to_folder(
     files: dict[int, FileEntry] = {}
     shown: dict[int, np.ndarray] = {}
     chunks = draw_on_cluster(model.uri, model.tracking_uri, requests, mode, gpus_per_task)
-    for start, pixels in chunks:
-        for i, image in enumerate(pixels, start):
+    for start, drawn in chunks:
+        for i, image in enumerate(drawn.pixels, start):
             recipe = Recipe(
                 model=str(model),
                 model_digest=model.digest,
@@ -88,6 +89,6 @@ def run(ctx: StageContext, model: ModelReference) -> Outcome:
 
 def redraw(recipe: Recipe, model: ModelReference) -> np.ndarray:
     """The pixels of a recipe, drawn again in this process: (H, W, C) uint8."""
-    engine = Engine(load_model(model.uri, model.tracking_uri), recipe.mode, recipe.rows)
-    pixels: np.ndarray = engine.draw([recipe.request()])[0]
+    loaded = load_model(model.uri, model.tracking_uri)
+    pixels: np.ndarray = draw(loaded, [recipe.request()], recipe.mode, recipe.rows).pixels[0]
     return pixels

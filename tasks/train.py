@@ -105,7 +105,7 @@ def _train_rank(job: Job) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "init"))
         network = spec.make_network().to(device)
-    state = make_state(network, training)
+    state = make_state(network, training, config.diffusion.timesteps)
     found = checkpoint.latest_sound(job.folder) if rank == 0 else None
     # rank 0 decides: a checkpoint may appear or go while the others look
     step = parallel.from_rank_zero(found.step if found else 0, device)
@@ -127,7 +127,7 @@ def _train_rank(job: Job) -> None:
         forward,
         batches,
         config.diffusion,
-        make_schedule(config.diffusion),
+        None if config.diffusion.schedule == "learned" else make_schedule(config.diffusion),
         training,
         spec.num_classes,
         config.seed,

@@ -43,6 +43,7 @@ STAGES = (
     StageSpec(
         "preprocess",
         (
+            "data.class_names",
             "data.image_size",
             "data.channels",
             "data.holdout",

@@ -1,5 +1,6 @@
 """Configuration: strict, and every mistake is one sentence with the remedy in it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,9 @@ def test_the_tiny_config_of_the_tests_loads() -> None:
         ),
         (
             "sampling.sampler=magic",
-            "sampling.sampler='magic' is wrong: should be 'ancestral' or 'ddim'",
+            "sampling.sampler='magic' is wrong: should be 'ancestral', 'ddim', 'euler',",
         ),
-        ("sampling.steps=2000", "sampling.steps=2000 must be at most diffusion.timesteps=1000"),
+        ("sampling.steps=2000", "sampling: steps=2000 must be from 1 to the model's 1000"),
         ("training.label_dropout=0", "sampling.guidance=0.5 needs training.label_dropout above 0"),
         (
             "training.batch_size=63",
@@ -60,6 +61,13 @@ def test_the_tiny_config_of_the_tests_loads() -> None:
         ),
         ("network.attention_at=[5]", "attention_at=[5] is not among the resolutions of the levels"),
         ("data.image_size=9", "data.image_size=9 is not a multiple of 2"),
+        ("diffusion.zero_terminal_snr=true", "prediction=eps cannot work"),
+        ("diffusion.variance=learned_range", "with training.objective=simple would leave"),
+        ("training.objective=hybrid", "has no variance to learn: use objective=simple"),
+        ("diffusion.schedule=learned", "objective=simple cannot learn a schedule"),
+        ("training.min_snr_gamma=3", "min_snr_gamma=3.0 has no meaning for loss_weight=uniform"),
+        ("diffusion.sigma_max=9", "sigma_max=9.0 has no meaning for schedule=cosine"),
+        ("sampling.order=3", "order=3 has no meaning for sampler=ddim"),
         ("seed=08x", "seed='08x' is wrong: should be a valid integer"),
         ("registry.alias=v3", "registry.alias: 'v3' reads as a version"),
         ("noequals", "--set 'noequals' must have the form key=value"),
@@ -134,3 +142,20 @@ def test_numbers_are_those_of_yaml_1_2(text: str, value: float) -> None:
 def test_words_that_yaml_1_1_would_twist_stay_words() -> None:
     assert load_config(DIGITS, ["name=no"]).name == "no"
     assert load_config(DIGITS, ["data.source=12:30"]).data.source == "12:30"
+
+
+def test_combinations_over_sections_are_refused() -> None:
+    continuous = ["diffusion.schedule=vp", "training.objective=vlb"]
+    terminal = ["diffusion.zero_terminal_snr=true", "diffusion.prediction=v"]
+    for overrides, sentence in (
+        (continuous, "training.objective=vlb is of discrete timesteps"),
+        ([*terminal, "sampling.spacing=karras"], "spacing=karras cannot start at"),
+        ([*terminal, "sampling.sampler=pndm"], "sampler=pndm cannot start at"),
+        ([*terminal, "evaluation.ode_images=1"], "evaluation.ode_images=1 needs a last timestep"),
+        (
+            ["diffusion.schedule=edm", "training.timestep_sampler=loss_second_moment"],
+            "loss_second_moment keeps the losses of each timestep",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            load_config(DIGITS, overrides)

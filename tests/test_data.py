@@ -1,5 +1,7 @@
 """From files to Parquet to batches: real images, real damage."""
 
+import gzip
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -24,6 +26,7 @@ from pipeline.data.shards import (
 )
 from pipeline.errors import CorruptArtifact, DataError
 from pipeline.storage import Manifest
+from tests.conftest import ROOT
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -137,6 +140,166 @@ def test_a_source_without_images_is_refused(tmp_path: Path, make: object, senten
 def test_an_unknown_builtin_is_refused() -> None:
     with pytest.raises(DataError, match="there is builtin:digits"):
         sources.scan("builtin:letters")
+
+
+# --- IDX ----------------------------------------------------------------------------------------
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts it."""
+
+
+def idx(values: np.ndarray) -> bytes:
+    """The IDX file of a uint8 array, by the format's description."""
+    header = bytes([0, 0, 8, values.ndim])
+    return header + b"".join(n.to_bytes(4, "big") for n in values.shape) + values.tobytes()
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+PIXELS = np.random.default_rng(0).integers(0, 256, (11, 6, 5), dtype=np.uint8)
+CLASSES = np.array([2, 0, 1, 2, 2, 1, 0, 1, 2, 0, 1], np.uint8)
+
+
+def make_idx(folder: Path, compressed: bool = False, **files: bytes) -> str:
+    """A folder with IDX files, `images` and `labels` in place of sound ones; returns its source."""
+    folder.mkdir(exist_ok=True)
+    sound = {"images": idx(PIXELS), "labels": idx(CLASSES)} | files
+    for name, data in zip((IMAGES, LABELS), (sound["images"], sound["labels"]), strict=True):
+        path = folder / (name + ".gz" * compressed)
+        path.write_bytes(gzip.compress(data) if compressed else data)
+    return f"idx:{folder}"
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_idx_images_come_with_their_labels_whatever_shard_they_are_in(
+    tmp_path: Path, compressed: bool
+) -> None:
+    source, _ = sources.scan(make_idx(tmp_path, compressed))
+    assert source.class_names == ["0", "1", "2"]
+    assert [item.key for item in source.items] == [f"train/{i:05d}" for i in range(11)]
+    assert [item.label for item in source.items] == CLASSES.tolist()
+    shards = sources.cut(source, 4)
+    for shard in reversed(shards):  # each on its own, as workers read them
+        for item, raw in sources.read(shard):
+            i = int(item.key.removeprefix("train/"))
+            assert np.array_equal(raw, PIXELS[i, :, :, None])
+            assert item.sha256 == hashlib.sha256(PIXELS[i].tobytes()).hexdigest()
+    assert sum(len(shard.items) for shard in shards) == 11
+
+
+def test_idx_is_the_same_compressed_or_not_and_differs_where_a_pixel_does(tmp_path: Path) -> None:
+    plain, _ = sources.scan(make_idx(tmp_path / "a"))
+    packed, _ = sources.scan(make_idx(tmp_path / "b", compressed=True))
+    assert plain.fingerprint() == packed.fingerprint()
+    other = PIXELS.copy()
+    other[7, 0, 0] ^= 1
+    changed, _ = sources.scan(make_idx(tmp_path / "c", images=idx(other)))
+    pairs = zip(plain.fingerprint(), changed.fingerprint(), strict=True)
+    assert [i for i, (a, b) in enumerate(pairs) if a != b] == [7]
+
+
+def test_a_worker_reads_no_further_than_its_own_images(tmp_path: Path) -> None:
+    source, _ = sources.scan(make_idx(tmp_path))
+    (tmp_path / IMAGES).write_bytes(idx(PIXELS)[: 16 + 4 * 30])  # what lies behind is gone
+    first, second, _ = sources.cut(source, 4)
+    assert len(list(sources.read(first))) == 4
+    with pytest.raises(DataError, match="'train/00004' changed while the source was being read"):
+        list(sources.read(second))
+
+
+def test_an_idx_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_idx(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    assert sources.absolute("idx:set") == f"idx:{tmp_path}/set"
+    assert sources.absolute("idx:s3://bucket/set") == "idx:s3://bucket/set"
+    assert sources.absolute("photos") == f"{tmp_path}/photos"
+    assert sources.absolute("builtin:digits") == "builtin:digits"
+
+
+HEAD = len(idx(PIXELS)) - PIXELS.size
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        (
+            {"images": b"\x89PNG" + bytes(100)},
+            f"{IMAGES} begins with the bytes 89 50 4e 47, an IDX file of unsigned bytes with 3 "
+            "axes begins with 00 00 08 03",
+        ),
+        ({"labels": idx(PIXELS)}, f"{LABELS} begins with the bytes 00 00 08 03"),
+        ({"images": b""}, f"{IMAGES} begins with the bytes none"),
+        ({"images": idx(PIXELS)[: HEAD - 1]}, f"{IMAGES} ends within its header"),
+        (
+            {"images": idx(PIXELS)[:-1]},
+            f"{IMAGES} holds 329 bytes after its header, which announces 330 .11 x 6 x 5.: it is "
+            "truncated",
+        ),
+        ({"labels": idx(CLASSES) + b"\0"}, f"{LABELS} holds 12 bytes after its header"),
+        (
+            {"images": bytes([0, 0, 8, 3]) + b"\xff" * 12 + bytes(9)},
+            "announces 79228162458924105385300197375",
+        ),
+        (
+            {"labels": idx(CLASSES[:-1])},
+            f"has 11 images in {IMAGES} but 10 labels in {LABELS}: the two files do not belong",
+        ),
+        ({"images": idx(PIXELS[:0]), "labels": idx(CLASSES[:0])}, "holds no image"),
+        ({"images": idx(PIXELS[:, :0])}, r"holds no image: .* has the shape \(11, 0, 5\)"),
+    ],
+)
+def test_a_damaged_idx_file_is_refused_in_one_sentence(
+    tmp_path: Path, files: dict[str, bytes], sentence: str
+) -> None:
+    source = make_idx(tmp_path, **files)
+    with pytest.raises(DataError, match=sentence) as refused:
+        sources.scan(source)
+    assert str(refused.value).startswith(f"data.source='{source}'")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_damaged_gz_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    source = make_idx(tmp_path, compressed=True)
+    packed = (tmp_path / f"{IMAGES}.gz").read_bytes()
+    (tmp_path / f"{IMAGES}.gz").write_bytes(packed[:100])
+    with pytest.raises(DataError, match=rf"{IMAGES}.gz is truncated or damaged \("):
+        sources.scan(source)
+    (tmp_path / f"{IMAGES}.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError, match=f"{IMAGES} cannot be read: Not a gzipped file"):
+        sources.scan(source)
+
+
+@pytest.mark.parametrize("missing", [IMAGES, LABELS])
+def test_a_missing_idx_file_is_named(tmp_path: Path, missing: str) -> None:
+    source = make_idx(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(DataError, match=f"there is no {missing} or {missing}.gz in that folder"):
+        sources.scan(source)
+
+
+def test_names_of_classes_can_be_given(tmp_path: Path) -> None:
+    source = make_idx(tmp_path)
+    named, _ = sources.scan(source, class_names=("shirt", "bag", "boot"))
+    assert named.class_names == ["shirt", "bag", "boot"]
+    with pytest.raises(DataError, match="class_names has 2 names, but .* has 3 classes"):
+        sources.scan(source, class_names=("shirt", "bag"))
+    with pytest.raises(ValueError, match="the name 'bag' stands twice"):
+        sources.DataConfig(source="x", image_size=8, channels=1, class_names=("bag", "bag"))
+
+
+@pytest.mark.skipif(not FASHION.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_fashion_mnist_is_read_as_debian_installs_it() -> None:
+    from pipeline.config import load_config
+
+    config = load_config(str(ROOT / "configs" / "fashion_mnist.yaml")).data
+    source, _ = sources.scan(config.source, class_names=config.class_names)
+    assert np.bincount([item.label or 0 for item in source.items]).tolist() == [6000] * 10
+    assert len({item.sha256 for item in source.items}) == 60_000, "no image stands twice"
+    last = sources.cut(source, config.images_per_shard)[-1]
+    item, raw = list(sources.read(last))[-1]
+    assert (item.key, source.class_names[item.label or 0]) == ("train/59999", "sandal")
+    assert isinstance(raw, np.ndarray)
+    assert raw.shape == (28, 28, 1)
+    assert raw.tobytes() == gzip.decompress((FASHION / f"{IMAGES}.gz").read_bytes())[-784:]
 
 
 # --- images -------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from pipeline.diffusion.gaussian import (
     q_posterior,
     q_sample,
 )
-from pipeline.diffusion.guidance import guided
 from pipeline.diffusion.losses import simple_loss
 
 
@@ -80,12 +79,6 @@ def test_the_posterior_of_the_last_step_is_the_clean_image() -> None:
     mean, variance = q_posterior(f64(1.5), f64(-0.2), f64(0.99), f64(1.0))
     assert mean.item() == 1.5
     assert variance.item() == 0.0
-
-
-def test_guidance_extrapolates_and_weight_zero_is_the_plain_model() -> None:
-    eps_label, eps_null = torch.tensor([[1.0], [1.0]]), torch.tensor([[0.5], [0.5]])
-    steered = guided(eps_label, eps_null, f64(0.0, 2.0))
-    assert steered.flatten().tolist() == [1.0, 3 * 1.0 - 2 * 0.5]
 
 
 def test_noising_in_bfloat16_still_adds_noise_at_the_first_timestep() -> None:

@@ -126,7 +126,7 @@ def test_many_requests_at_once_do_not_change_each_others_images(service: Service
     bodies = [
         {"n": 8, "seed": i, "num_inference_steps": 3 + i, "sampler": sampler}
         for i in range(4)
-        for sampler in ("ddim", "ancestral")
+        for sampler in ("ddim", "heun")
     ]
     threads = [threading.Thread(target=lambda b=b: others.append(service.post(b))) for b in bodies]
     for thread in threads:
@@ -168,8 +168,11 @@ def test_a_class_name_as_prompt_is_its_label(service: Service) -> None:
         ({"seed": -1}, "seed", "greater than or equal to 0"),
         ({"seed": 2**63}, "seed", "less than"),
         ({"seed": 1.5}, "seed", "valid integer"),
-        ({"sampler": "magic"}, "sampler", "'ancestral' or 'ddim'"),
+        ({"sampler": "magic"}, "sampler", "'ancestral', 'ddim'"),
         ({"sampler": "ancestral", "eta": 1}, None, "has no meaning for"),
+        ({"sampler": "ode"}, "sampler", "is not served: draw with `ddpm sample`"),
+        ({"order": 3}, None, "order=3 has no meaning for sampler=ddim"),
+        ({"spacing": "magic"}, "spacing", "'trailing', 'leading'"),
         ({"size": "512x512"}, "size", "must be auto or 8x8"),
         ({"prompt": "a cat"}, "prompt", "is not a class name; there are: 0, 1, 2"),
         ({"prompt": "1", "class_label": 1}, "class_label", "not both"),

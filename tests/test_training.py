@@ -1,27 +1,41 @@
 """Training: exact after an interruption, the same for any number of workers."""
 
+import math
+import re
 import socket
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import multiprocessing, nn
+from torch import Tensor, multiprocessing, nn
 
 from pipeline import storage
 from pipeline.data.batches import Batches
 from pipeline.data.shards import NO_LABEL, ImageSet
-from pipeline.diffusion.schedules import DiffusionConfig, make_schedule
+from pipeline.diffusion.elbo import bound_term, prior_term, reconstruction_term
+from pipeline.diffusion.gaussian import q_sample
+from pipeline.diffusion.parameterisation import target, x_0_from
+from pipeline.diffusion.schedules import DiffusionConfig, Prediction, make_schedule
 from pipeline.errors import CorruptArtifact
+from pipeline.networks.monotone import LearnedSchedule
 from pipeline.networks.unet import UNetConfig
-from pipeline.samplers.model import ModelSpec
+from pipeline.samplers.model import ModelSpec, build_model, make_plan
+from pipeline.samplers.plan import SamplingConfig, run_plan
 from pipeline.training import checkpoint, parallel
 from pipeline.training.ema import Ema, ema_decay
 from pipeline.training.loop import (
+    Rows,
+    StepRecord,
     TrainingConfig,
     TrainState,
+    check_objective,
     draw,
+    learned_schedule_loss,
     learning_rate,
+    loss,
     make_state,
     train,
 )
@@ -49,21 +63,40 @@ def images() -> ImageSet:
     return ImageSet(pixels, labels, [str(i) for i in range(20)])
 
 
-def fresh(training: TrainingConfig) -> TrainState:
+def fresh(training: TrainingConfig, spec: ModelSpec = SPEC) -> TrainState:
     torch.manual_seed(0)
-    return make_state(SPEC.make_network(), training)
+    return make_state(spec.make_network(), training, spec.diffusion.timesteps)
+
+
+def steps(
+    state: TrainState,
+    training: TrainingConfig,
+    rank: int = 0,
+    world_size: int = 1,
+    spec: ModelSpec = SPEC,
+) -> Iterator[StepRecord]:
+    batches = Batches(images(), training.batch_size, 3, rank, world_size)
+    forward = parallel.wrap(state.network, CPU)
+    learned = spec.diffusion.schedule == "learned"
+    schedule = None if learned else make_schedule(spec.diffusion)
+    return train(
+        state, forward, batches, spec.diffusion, schedule, training, spec.num_classes, 3, CPU
+    )
 
 
 def run(
-    state: TrainState, training: TrainingConfig, rank: int = 0, world_size: int = 1
+    state: TrainState,
+    training: TrainingConfig,
+    rank: int = 0,
+    world_size: int = 1,
+    spec: ModelSpec = SPEC,
 ) -> list[float]:
-    batches = Batches(images(), training.batch_size, 3, rank, world_size)
-    forward = parallel.wrap(state.network, CPU)
-    schedule = make_schedule(SPEC.diffusion)
-    steps = train(
-        state, forward, batches, SPEC.diffusion, schedule, training, SPEC.num_classes, 3, CPU
-    )
-    return [parallel.mean_over_ranks(record.loss) for record in steps]
+    records = steps(state, training, rank, world_size, spec)
+    return [parallel.mean_over_ranks(record.loss) for record in records]
+
+
+def with_diffusion(**values: object) -> ModelSpec:
+    return SPEC.model_copy(update={"diffusion": DiffusionConfig(**values)})  # type: ignore[arg-type]
 
 
 def everything(state: TrainState) -> dict[str, torch.Tensor]:
@@ -73,9 +106,9 @@ def everything(state: TrainState) -> dict[str, torch.Tensor]:
         for name, parameter in state.network.named_parameters()
         for slot, value in state.optimizer.state[parameter].items()
     }
-    return {**state.network.state_dict(), **optimizer} | {
-        f"ema/{name}": value for name, value in state.ema.weights.items()
-    }
+    averages = {f"ema/{name}": value for name, value in state.ema.weights.items()}
+    losses = state.losses.tensors() if state.losses is not None else {}
+    return {**state.network.state_dict(), **optimizer, **averages, **losses}
 
 
 def assert_bit_identical(a: TrainState, b: TrainState) -> None:
@@ -84,28 +117,51 @@ def assert_bit_identical(a: TrainState, b: TrainState) -> None:
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_k_and_k_resumed_steps_equal_2k_steps_bit_for_bit(tmp_path: Path, precision: str) -> None:
-    whole = config(precision=precision, lr_schedule="cosine")
-    straight = fresh(whole)
-    losses = run(straight, whole)
+HYBRID = {"objective": "hybrid", "timestep_sampler": "loss_second_moment", "batch_size": 24}
+LEARNED = {"objective": "vlb", "timestep_sampler": "stratified"}
 
-    first = fresh(whole)
-    batches = Batches(images(), 8, 3)
-    schedule = make_schedule(SPEC.diffusion)
-    steps = train(first, first.network, batches, SPEC.diffusion, schedule, whole, 2, 3, CPU)
-    head = [float(next(steps).loss) for _ in range(4)]
-    checkpoint.save(str(tmp_path), first, SPEC.model_dump(mode="json"), [])
+
+@pytest.mark.parametrize(
+    ("spec", "values"),
+    [
+        (SPEC, {"precision": "float32"}),
+        (SPEC, {"precision": "bfloat16"}),
+        # of so few timesteps that their histories are full before the interruption
+        (with_diffusion(schedule="cosine", timesteps=3, variance="learned_range"), HYBRID),
+        (with_diffusion(schedule="learned", prediction="v"), LEARNED),
+    ],
+    ids=["float32", "bfloat16", "drawn by the losses", "learned schedule"],
+)
+def test_k_and_k_resumed_steps_equal_2k_steps_bit_for_bit(
+    tmp_path: Path, spec: ModelSpec, values: dict[str, object]
+) -> None:
+    whole = config(lr_schedule="cosine", **values)
+    straight = fresh(whole, spec)
+    losses = run(straight, whole, spec=spec)
+
+    first = fresh(whole, spec)
+    records = steps(first, whole, spec=spec)
+    head = [float(next(records).loss) for _ in range(4)]
+    checkpoint.save(str(tmp_path), first, spec.model_dump(mode="json"), [])
 
     torch.manual_seed(99)  # another process, with another global random state
-    second = make_state(SPEC.make_network(), whole)
+    second = make_state(spec.make_network(), whole, spec.diffusion.timesteps)
     info = checkpoint.latest_sound(str(tmp_path))
     assert info is not None
     checkpoint.load(info, second)
     assert second.step == 4
-    tail = run(second, whole)
+    if second.losses is not None:
+        assert not torch.equal(second.losses.probabilities(), torch.full((3,), 1 / 3).double())
+    tail = run(second, whole, spec=spec)
     assert head + tail == losses
     assert_bit_identical(second, straight)
+
+
+TWO_RANKS = {
+    "simple": (SPEC, {}),
+    "hybrid": (with_diffusion(schedule="cosine", timesteps=3, variance="learned_range"), HYBRID),
+    "learned": (with_diffusion(schedule="learned"), LEARNED),
+}
 
 
 def _rank_of_two(rank: int, port: int, folder: str) -> None:
@@ -113,11 +169,15 @@ def _rank_of_two(rank: int, port: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
-    state = fresh(config())
-    losses = run(state, config(), rank, 2)
-    if rank == 0:
-        storage.write_json(f"{folder}/losses.json", losses)
-        checkpoint.save(folder, state, SPEC.model_dump(mode="json"), [])
+    for name, (spec, values) in TWO_RANKS.items():
+        training = config(steps=5, **values)
+        state = fresh(training, spec)
+        losses = run(state, training, rank, 2, spec)
+        if rank == 0:
+            storage.write_json(f"{folder}/{name}/losses.json", losses)
+            checkpoint.save(f"{folder}/{name}", state, spec.model_dump(mode="json"), [])
+        elif state.losses is not None:
+            storage.write_json(f"{folder}/{name}/history.json", state.losses.losses.tolist())
     torch.distributed.destroy_process_group()
 
 
@@ -127,44 +187,46 @@ def test_two_workers_train_the_model_that_one_trains(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     multiprocessing.spawn(_rank_of_two, (port, str(tmp_path)), nprocs=2)
-    alone = fresh(config())
-    losses = run(alone, config())
-    assert storage.read_json(str(tmp_path / "losses.json")) == pytest.approx(losses, rel=1e-5)
-    # weights with no gradient but rounding errors may differ by Adam's step; what they compute, not
-    together = fresh(config())
-    checkpoint.load(checkpoint.read(str(tmp_path), 8), together)
-    x, t, label = (
-        torch.randn(4, 1, 8, 8),
-        torch.tensor([1, 300, 600, 999]),
-        torch.tensor([0, 1, 2, 0]),
-    )
-    with torch.no_grad():
-        torch.testing.assert_close(
-            together.network(x, t, label), alone.network(x, t, label), rtol=0, atol=1e-4
+    for name, (spec, values) in TWO_RANKS.items():
+        training, folder = config(steps=5, **values), str(tmp_path / name)
+        alone = fresh(training, spec)
+        losses = run(alone, training, spec=spec)
+        assert storage.read_json(f"{folder}/losses.json") == pytest.approx(losses, rel=1e-4)
+        # weights whose gradient is rounding alone may differ by Adam's step; what they compute, not
+        together = fresh(training, spec)
+        checkpoint.load(checkpoint.read(folder, 5), together)
+        if together.losses is not None:  # the history is of all rows, and the same on both ranks
+            other = torch.tensor(storage.read_json(f"{folder}/history.json"), dtype=torch.float64)
+            assert torch.equal(other, together.losses.losses)
+            assert alone.losses is not None
+            torch.testing.assert_close(other, alone.losses.losses, rtol=1e-4, atol=0)
+        x, t, label = (
+            torch.randn(4, 1, 8, 8),
+            torch.tensor([1, 300, 600, 999]),
+            torch.tensor([0, 1, 2, 0]),
         )
+        with torch.no_grad():
+            torch.testing.assert_close(
+                together.network(x, t, label), alone.network(x, t, label), rtol=0, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_any_number_of_workers_draws_the_same_noise_and_timesteps(world_size: int) -> None:
-    whole = draw(7, 5, range(8), (1, 2, 2), 1000, 0.5)
+def test_any_number_of_workers_draws_the_same_noise(world_size: int) -> None:
+    eps, drop_label = draw(7, 5, range(8), (1, 2, 2), 0.5)
     share = 8 // world_size
     parts = [
-        draw(7, 5, range(rank * share, (rank + 1) * share), (1, 2, 2), 1000, 0.5)
+        draw(7, 5, range(rank * share, (rank + 1) * share), (1, 2, 2), 0.5)
         for rank in range(world_size)
     ]
-    for name in ("t", "eps", "drop_label"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
-    other_step = draw(7, 6, range(8), (1, 2, 2), 1000, 0.5)
-    assert not torch.equal(whole.eps, other_step.eps)
-    assert not torch.equal(whole.t, other_step.t)
+    assert torch.equal(torch.cat([part[0] for part in parts]), eps)
+    assert torch.equal(torch.cat([part[1] for part in parts]), drop_label)
+    assert not torch.equal(draw(7, 6, range(8), (1, 2, 2), 0.5)[0], eps)
 
 
-def test_timesteps_and_label_dropout_have_the_stated_frequencies() -> None:
-    draws = draw(0, 0, range(20_000), (1,), 10, 0.25)
-    counts = torch.bincount(draws.t, minlength=10)
-    assert len(counts) == 10
-    assert ((counts - 2000).double() ** 2 / 2000).sum() < 33.7  # χ² with 9 degrees, p = 1e-4
-    assert draws.drop_label.double().mean().item() == pytest.approx(0.25, abs=0.015)
+def test_label_dropout_has_the_stated_frequency() -> None:
+    _, drop_label = draw(0, 0, range(20_000), (1,), 0.25)
+    assert drop_label.double().mean().item() == pytest.approx(0.25, abs=0.015)
 
 
 def test_ema_follows_its_closed_form() -> None:
@@ -241,3 +303,252 @@ def test_training_learns() -> None:
 def test_checkpoints_must_fall_on_log_steps() -> None:
     with pytest.raises(ValueError, match="checkpoint_every=30 must be a multiple of log_every=20"):
         config(log_every=20, checkpoint_every=30)
+
+
+# --- objectives ----------------------------------------------------------------------------------
+
+
+def rows_of(shape: tuple[int, ...], t: list[float]) -> Rows:
+    generator = torch.Generator().manual_seed(4)
+    x_0 = 2 * torch.randint(0, 256, shape, generator=generator) / 255 - 1
+    eps = torch.randn(shape, generator=generator)
+    return Rows(x_0, eps, torch.tensor(t, dtype=torch.float64), None)
+
+
+def test_hybrid_trains_the_mean_by_the_error_and_the_variance_by_the_bound() -> None:
+    diffusion = DiffusionConfig(schedule="cosine", timesteps=500, variance="learned_range")
+    schedule = make_schedule(diffusion)
+    rows = rows_of((3, 1, 4, 4), [0.0, 100.0, 499.0])
+    gradients = {}
+    for objective in ("hybrid", "vlb"):
+        output = torch.zeros(3, 2, 4, 4, requires_grad=True)
+        training = config(objective=objective)
+        losses = loss(lambda *_: output, rows, diffusion, schedule, training)  # noqa: B023
+        losses.sum().backward()
+        gradients[objective] = output.grad
+        x_0_hat = x_0_from(
+            "eps",
+            torch.zeros(3, 1, 4, 4),
+            q_sample(rows.x_0, rows.eps, schedule.alpha_bar_at(rows.t)),
+            schedule.alpha_bar_at(rows.t),
+        )
+        term = bound_term(
+            schedule, "learned_range", rows.t, rows.x_0, x_0_hat, torch.full((3, 1, 4, 4), 0.5)
+        )
+        want = 500 * term if objective == "vlb" else rows.eps.square().mean((1, 2, 3)) + term / 2
+        torch.testing.assert_close(losses, want)
+    simple = -2 * rows.eps / 16  # d/dε̂ of the mean square error at ε̂ = 0
+    torch.testing.assert_close(gradients["hybrid"][:, :1], simple)
+    # T/1000 of the bound in one, T in the other
+    torch.testing.assert_close(gradients["hybrid"][:, 1:] * 1000, gradients["vlb"][:, 1:])
+    assert not torch.allclose(gradients["vlb"][:, :1], simple, rtol=0.1)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x_0", "score", "edm"])
+def test_the_bound_is_one_number_whatever_the_network_predicts(prediction: Prediction) -> None:
+    diffusion = DiffusionConfig(schedule="linear", timesteps=100, prediction=prediction)
+    schedule = make_schedule(diffusion)
+    rows = rows_of((4, 1, 4, 4), [0.0, 10.0, 50.0, 99.0])
+    alpha_bar = schedule.alpha_bar_at(rows.t)
+    output = target(prediction, 0.5 * rows.x_0, rows.eps, alpha_bar)  # of a wrong x_0, and its x_t
+    x_t = q_sample(rows.x_0, rows.eps, alpha_bar)
+    want = bound_term(
+        schedule,
+        "fixed_small",
+        rows.t,
+        rows.x_0,
+        x_0_from(prediction, output, x_t, alpha_bar),
+    )
+    got = loss(lambda *_: output, rows, diffusion, schedule, config(objective="vlb"))
+    torch.testing.assert_close(got, 100 * want)
+
+
+def test_a_weighted_loss_is_the_weight_times_the_error() -> None:
+    diffusion = DiffusionConfig(schedule="cosine", prediction="v")
+    schedule = make_schedule(diffusion)
+    rows = rows_of((3, 1, 4, 4), [0.0, 100.0, 999.0])
+    plain, weighted = (
+        loss(lambda *_: torch.zeros(3, 1, 4, 4), rows, diffusion, schedule, training)
+        for training in (config(), config(loss_weight="min_snr", min_snr_gamma=2.0))
+    )
+    snr = schedule.log_snr.exp()[[0, 100, 999]]
+    torch.testing.assert_close(weighted / plain, (snr.clamp(max=2) / (snr + 1)).float())
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"min_snr_gamma": 3.0}, "min_snr_gamma=3.0 has no meaning for loss_weight=uniform"),
+        ({"p2_k": 2.0, "loss_weight": "snr"}, "p2_k=2.0 has no meaning for loss_weight=snr"),
+        ({"log_normal_mean": 0.0}, "has no meaning for timestep_sampler=uniform: drop it, or use"),
+        ({"objective": "vlb", "loss_weight": "snr"}, "loss_weight=snr with objective=vlb"),
+        (
+            {"objective": "hybrid", "timestep_sampler": "log_normal"},
+            "timestep_sampler=log_normal with objective=hybrid would no longer be the bound",
+        ),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(values: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        config(**values)
+
+
+@pytest.mark.parametrize(
+    ("process", "values", "sentence"),
+    [
+        (
+            {"variance": "learned_range"},
+            {},
+            "variance=learned_range with training.objective=simple would leave the variance",
+        ),
+        ({}, {"objective": "hybrid"}, "objective=hybrid with diffusion.variance=fixed_small"),
+        ({"schedule": "vp"}, {"objective": "vlb"}, "loss_weight=likelihood is its bound"),
+        (
+            {"schedule": "ve", "variance": "learned_range"},
+            {"objective": "hybrid"},
+            "variance=learned_range with schedule=ve has no timesteps",
+        ),
+        (
+            {"schedule": "edm"},
+            {"timestep_sampler": "loss_second_moment"},
+            "loss_second_moment keeps the losses of each timestep",
+        ),
+        ({"schedule": "learned"}, {}, "training.objective=simple cannot learn a schedule"),
+        (
+            {"schedule": "learned", "prediction": "x_0"},
+            {"objective": "vlb"},
+            "diffusion.prediction=x_0 cannot learn a schedule",
+        ),
+        (
+            {"schedule": "learned", "variance": "learned_range"},
+            {"objective": "vlb"},
+            "use fixed_small, or a discrete schedule",
+        ),
+    ],
+)
+def test_objectives_that_a_process_cannot_have_are_refused(
+    process: dict[str, object], values: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        check_objective(DiffusionConfig(**process), config(**values))  # type: ignore[arg-type]
+    check_objective(DiffusionConfig(), config())
+
+
+# --- a learned schedule --------------------------------------------------------------------------
+
+
+def bent() -> LearnedSchedule:
+    """A schedule far from the straight line."""
+    learned = LearnedSchedule(hidden=32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for raw in (learned.raw_1, learned.raw_2, learned.raw_3, learned.bias_2):
+            raw.add_(torch.randn(raw.shape, generator=generator))
+    return learned
+
+
+def test_a_learned_schedule_rises_between_its_ends() -> None:
+    u = torch.linspace(0, 1, 2001, dtype=torch.float64, requires_grad=True)
+    for learned in (LearnedSchedule(), bent()):
+        psi, slope = learned.progress(u)
+        assert (slope > 0).all()
+        assert (psi.diff() > 0).all()
+        gamma, gamma_slope = learned.gamma(psi, slope)
+        assert gamma[0].item() == pytest.approx(-13.3, abs=1e-6)
+        assert gamma[-1].item() == pytest.approx(5.0, abs=1e-6)
+        (derivative,) = torch.autograd.grad(gamma.sum(), u)
+        torch.testing.assert_close(gamma_slope, derivative, rtol=1e-9, atol=0)
+    straight = torch.lerp(u.new_tensor(-13.3), u.new_tensor(5.0), u)
+    gamma, _ = LearnedSchedule().gamma(*LearnedSchedule().progress(u))
+    assert (gamma - straight).abs().max() < 0.1
+
+
+def test_the_interior_of_a_learned_schedule_gets_the_gradient_of_the_variance() -> None:
+    """Against autograd through mean(L²) itself; the ends get that of the bound."""
+    diffusion = DiffusionConfig(schedule="learned")
+    rows = rows_of((6, 1, 4, 4), [0.0, 120.0, 400.0, 600.0, 850.0, 999.0])
+    learned = bent()
+
+    def gradients(of: Tensor) -> dict[str, Tensor]:
+        parameters = dict(learned.named_parameters())
+        found = torch.autograd.grad(of, list(parameters.values()), retain_graph=True)
+        return dict(zip(parameters, found, strict=True))
+
+    losses = learned_schedule_loss(denoise, rows, diffusion, learned)
+    got = gradients(losses.mean())
+
+    # the same a second way, in plain steps and without a hook
+    gamma, slope = learned.gamma(*learned.progress(rows.t / 999))
+    log_snr = -gamma[:, None, None, None].float()
+    x_t = log_snr.sigmoid().sqrt() * rows.x_0 + (-log_snr).sigmoid().sqrt() * rows.eps
+    error = (rows.eps - denoise(x_t, 25 * (20 + gamma), None)).square().mean((1, 2, 3))
+    bound = slope.float() / 2 * error / math.log(2)
+    ends = prior_term(rows.x_0, torch.sigmoid(-learned.gamma_1.double())) + reconstruction_term(
+        rows.x_0, rows.eps, -learned.gamma_0.double()
+    )
+    torch.testing.assert_close(losses, bound + ends)
+    of_the_variance = gradients((bound.square() + 0 * ends).mean())
+    of_the_bound = gradients((bound + ends).mean())
+    for name in ("raw_1", "raw_2", "raw_3", "bias_2"):
+        torch.testing.assert_close(got[name], of_the_variance[name], rtol=1e-3, atol=1e-5)
+        assert not torch.allclose(got[name], of_the_bound[name], rtol=0.1)
+    for name in ("gamma_0", "log_span"):
+        torch.testing.assert_close(got[name], of_the_bound[name], rtol=1e-3, atol=1e-5)
+
+
+def denoise(image: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
+    """The best ε̂ for pixels that are N(0, ½²), from the network's time 25 (20 - λ)."""
+    log_snr = (20 - time / 25).reshape(-1, 1, 1, 1).float()
+    alpha_bar = log_snr.sigmoid()
+    return (1 - alpha_bar).sqrt() / (alpha_bar / 4 + 1 - alpha_bar) * image
+
+
+def test_learning_the_schedule_reduces_the_variance_of_the_loss() -> None:
+    """With the best denoiser of Gaussian pixels and fixed ends, so that the mean cannot change."""
+    diffusion = DiffusionConfig(schedule="learned")
+    learned = LearnedSchedule(hidden=128)
+    interior = [learned.raw_1, learned.raw_2, learned.raw_3, learned.bias_2]
+    optimizer = torch.optim.Adam(interior, lr=0.02)
+    generator = torch.Generator().manual_seed(0)
+
+    def diffusion_loss(u: Tensor) -> Tensor:
+        shape = (len(u), 1, 4, 4)
+        x_0, eps = torch.randn(2, *shape, generator=generator)
+        rows = Rows(x_0 / 2, eps, 999 * u, None)
+        whole = learned_schedule_loss(denoise, rows, diffusion, learned)
+        ends = prior_term(rows.x_0, torch.sigmoid(-learned.gamma_1.double()))
+        return whole - ends - reconstruction_term(rows.x_0, eps, -learned.gamma_0.double())
+
+    even = torch.linspace(0, 1, 4096, dtype=torch.float64)
+    start = diffusion_loss(even).detach()
+    for _ in range(200):
+        u = torch.rand(64, generator=generator, dtype=torch.float64)
+        optimizer.zero_grad()
+        diffusion_loss(u).mean().backward()
+        optimizer.step()
+    end = diffusion_loss(even).detach()
+    assert end.var() < 0.6 * start.var()
+    assert end.mean().item() == pytest.approx(float(start.mean()), rel=0.05)
+
+
+def test_a_model_with_a_learned_schedule_is_stored_and_samples(tmp_path: Path) -> None:
+    spec = with_diffusion(schedule="learned", timesteps=100)
+    training = config(objective="vlb", timestep_sampler="stratified", lr=1e-2)
+    state = fresh(training, spec)
+    initial = make_state(spec.make_network(), training, 100).network.log_snr(100)
+    run(state, training, spec=spec)
+    info = checkpoint.save(str(tmp_path), state, spec.model_dump(mode="json"), [])
+
+    weights = checkpoint.read_tensors(info, "ema.safetensors")
+    model = build_model(ModelSpec.model_validate(info.state["spec"]), weights, "")
+    averaged = spec.make_network()
+    averaged.load_state_dict(state.ema.weights)
+    torch.testing.assert_close(model.schedule.log_snr, averaged.log_snr(100), rtol=1e-9, atol=0)
+    assert not torch.allclose(model.schedule.log_snr, initial, atol=1e-3)  # it has learned
+
+    plan = make_plan(model, SamplingConfig(sampler="ancestral", steps=10))
+    x_T = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    label = torch.tensor([0, 1])
+    x_0 = run_plan(plan, partial(model.predict_x_0, label=label), x_T, lambda i: x_T)
+    assert x_0.isfinite().all()
+    assert x_0.std() > 0.1

@@ -13,6 +13,8 @@ in float64 and cast to x's type last. In bfloat16, `1 - ᾱ_t` would be exactly 
 timesteps of the linear schedule.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,16 @@ def like(c: Tensor, x: Tensor) -> Tensor:
     """The float64 coefficient `c`, () or (B,), shaped, cast and placed to multiply x (B, ...)."""
     assert c.dtype == torch.float64
     return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)).to(x.device, x.dtype)
+
+
+def one_by_one(f: Callable[[Tensor], Tensor], c: Tensor) -> Tensor:
+    """f of a few coefficients (B,), as though each were alone.
+
+    torch takes eight numbers or so at a time and what is left over by another exp or log, whose
+    last bit may differ. A multiple of 16 leaves nothing over.
+    """
+    padding = -len(c) % 16
+    return f(torch.cat([c, c[-1:].expand(padding)]))[: len(c)]
 
 
 def q_sample(x_0: Tensor, eps: Tensor, alpha_bar_t: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ samplers clip x̂_0.
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.gaussian import like
+from pipeline.diffusion.gaussian import like, one_by_one
 from pipeline.diffusion.schedules import DiffusionConfig, Prediction
 
 
@@ -148,9 +148,9 @@ def network_input(
     """
     if config.prediction == "edm":
         _, _, c_in = edm_coefficients(alpha_bar, config.sigma_data)
-        return like(c_in, x_t) * x_t, -alpha_bar.logit() / 8
+        return like(c_in, x_t) * x_t, -one_by_one(torch.logit, alpha_bar) / 8
     if config.schedule == "learned":
-        return x_t, 25 * (20 - alpha_bar.logit())
+        return x_t, 25 * (20 - one_by_one(torch.logit, alpha_bar))
     return x_t, t
 
 

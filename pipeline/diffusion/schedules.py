@@ -9,6 +9,7 @@ between the timesteps; of a table it is interpolated, linearly in the log-SNR λ
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -20,6 +21,20 @@ from pipeline.diffusion.sde import VE, VP, Sde, SubVP
 
 BETA_MAX = 0.999  # Nichol & Dhariwal 2021, section 3.2: keeps the last steps of cosine from β = 1
 
+ScheduleName = Literal[
+    "linear",
+    "scaled_linear",
+    "quadratic",
+    "cosine",
+    "sigmoid",
+    "laplace",
+    "betas",
+    "learned",
+    "vp",
+    "subvp",
+    "ve",
+    "edm",
+]
 Prediction = Literal["eps", "x_0", "v", "score", "edm"]
 """See pipeline/diffusion/parameterisation.py."""
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
@@ -31,7 +46,7 @@ BETA_ENDS = {
     "vp": (1e-4, 0.02),
     "subvp": (1e-4, 0.02),
 }
-"""First and last β of 1,000 timesteps; continuous time has β(t) from 1000 β_first to 1000 β_last."""
+"""First and last β of 1,000 timesteps; in continuous time β(t) runs between 1,000 times as much."""
 SIGMA_ENDS = {"ve": (0.01, 50.0), "edm": (0.002, 80.0)}
 CONTINUOUS = ("vp", "subvp", "ve", "edm")
 
@@ -39,20 +54,7 @@ CONTINUOUS = ("vp", "subvp", "ve", "edm")
 class DiffusionConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The forward process and how the reverse one is parameterised."""
 
-    schedule: Literal[
-        "linear",
-        "scaled_linear",
-        "quadratic",
-        "cosine",
-        "sigmoid",
-        "laplace",
-        "betas",
-        "learned",
-        "vp",
-        "subvp",
-        "ve",
-        "edm",
-    ] = "linear"
+    schedule: ScheduleName = "linear"
     """vp, subvp, ve and edm are continuous: t is drawn as a real number in training."""
     timesteps: int = Field(default=1000, ge=2, le=100_000)
     prediction: Prediction = "eps"
@@ -246,9 +248,9 @@ def cosine(timesteps: int, s: float = 0.008) -> Schedule:
 
 
 def sigmoid(timesteps: int, start: float = -3.0, end: float = 3.0) -> Schedule:
-    """ᾱ(u) = (σ(-start - (end-start)u) - σ(-end)) / (σ(-start) - σ(-end)), with τ = 1.
+    """ᾱ(u) = (S(-start-(end-start)u) - S(-end)) / (S(-start) - S(-end)), S the logistic function.
 
-    Jabri et al. 2022, "Scalable adaptive computation", Algorithm 1.
+    Jabri et al. 2022, "Scalable adaptive computation for iterative generation", with τ = 1.
     """
     u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     logit = start + (end - start) * u
@@ -256,13 +258,14 @@ def sigmoid(timesteps: int, start: float = -3.0, end: float = 3.0) -> Schedule:
 
 
 def laplace(timesteps: int, mu: float = 0.0, b: float = 0.5) -> Schedule:
-    """λ is Laplace distributed: λ(u) = μ - b sgn(½-u)... its quantiles (Hang & Gu 2024, table 1).
+    """λ(u) = μ + b sgn(u-½) log(1 - 2|u-½|), the falling quantiles of a Laplace distribution.
 
-    The quantiles at 0 and 1 are infinite; they are cut at a probability of 5e-7 on either side.
+    Hang & Gu 2024, "Improved noise schedule for diffusion training", table 1. At u = 1 the quantile
+    is infinite; 1e-6 within the logarithm cuts it at λ = μ - 13.8 b.
     """
     u = torch.arange(1, timesteps + 1, dtype=torch.float64) / timesteps
     offset = u - 0.5
-    log_snr = mu + b * offset.sign() * torch.log1p(-2 * offset.abs() + 1e-6)
+    log_snr = mu + b * offset.sign() * torch.log(1 - 2 * offset.abs() + 1e-6)
     return schedule_from_alpha_bar(log_snr.sigmoid())
 
 
@@ -306,5 +309,10 @@ def make_schedule(config: DiffusionConfig, log_snr: Tensor | None = None) -> Sch
         make = linear if name == "linear" else quadratic
         schedule = make(T, *config.ends(BETA_ENDS))
     else:
-        schedule = {"cosine": cosine, "sigmoid": sigmoid, "laplace": laplace}[name](T)
+        by_name: dict[str, Callable[[int], Schedule]] = {
+            "cosine": cosine,
+            "sigmoid": sigmoid,
+            "laplace": laplace,
+        }
+        schedule = by_name[name](T)
     return with_zero_terminal_snr(schedule) if config.zero_terminal_snr else schedule

@@ -12,6 +12,7 @@ from pipeline.diffusion.gaussian import q_sample
 from pipeline.diffusion.losses import simple_loss
 from pipeline.diffusion.parameterisation import target
 from pipeline.evaluation.features import TrainedClassifier, predict
+from pipeline.evaluation.likelihood import Trace
 from pipeline.samplers.model import Model
 from pipeline.seeding import key, normal
 
@@ -23,6 +24,14 @@ class EvaluationConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Images drawn, their labels going round the classes."""
     classifier_epochs: int = Field(default=30, ge=1)
     """Passes over the training images for the classifier that judges the samples."""
+    elbo_images: int = Field(default=0, ge=0)
+    """Held-out images whose variational bound is computed, all timesteps of it; 0 for none."""
+    ode_images: int = Field(default=0, ge=0)
+    """Held-out images whose likelihood is computed by the probability-flow ODE; 0 for none."""
+    ode_trace: Trace = "hutchinson"
+    """Of the ODE's divergence: an unbiased estimate, or exact at the cost of all dimensions."""
+    ode_draws: int = Field(default=1, ge=1, le=100)
+    """Likelihoods of each image, each with its own dequantisation and estimate of the trace."""
 
 
 def class_accuracy(

@@ -3,28 +3,27 @@
 MLflow finds this module by its name in MLmodel and calls `_load_pyfunc`; nothing is unpickled.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline.errors import RequestError
 from pipeline.registry.models import load_model
 from pipeline.samplers.model import Model
-from pipeline.samplers.plan import SamplingConfig
-from pipeline.serving.engine import Engine, ImageRequest
+from pipeline.samplers.plan import SamplingConfig, SolverSettings
+from pipeline.serving.engine import ImageRequest
+from pipeline.serving.offline import draw
 
 
-class PredictRequest(BaseModel, frozen=True, extra="forbid", strict=True):
-    """One request of `predict`."""
+class PredictRequest(SolverSettings, frozen=True, extra="forbid", strict=True):
+    """One request of `predict`: the settings of a solver (see its fields), and these."""
 
     n: int = Field(default=1, ge=1, le=10_000)
     seed: int = Field(default=0, ge=0, lt=2**63)
     label: int | None = None
-    sampler: Literal["ancestral", "ddim"] = "ddim"
     steps: int | None = None
     guidance: float = 0.0
-    eta: float = 0.0
 
 
 class Sampler:
@@ -38,7 +37,8 @@ class Sampler:
 
         Args:
             model_input: a dict, or a DataFrame with a request a row, of n (default 1), seed (0),
-                label, sampler (ddim), steps (50), guidance (0) and eta (0).
+                label, steps (50), guidance (0), and the settings of SolverSettings (sampler,
+                spacing, order, eta, ...).
 
         Raises:
             RequestError: an unknown name, or a value of the wrong type or out of range.
@@ -58,10 +58,9 @@ class Sampler:
                 {name: value for name, value in plain.items() if value is not None}
             )
             sampling = SamplingConfig(
-                sampler=request.sampler,
+                **request.model_dump(include=set(SolverSettings.model_fields)),
                 steps=self.model.spec.default_steps if request.steps is None else request.steps,
                 guidance=request.guidance,
-                eta=request.eta,
             )
         except ValidationError as error:
             problem = error.errors()[0]
@@ -74,7 +73,7 @@ class Sampler:
         requests = [
             ImageRequest(request.seed, i, request.label, sampling) for i in range(request.n)
         ]
-        return Engine(self.model).draw(requests)
+        return draw(self.model, requests).pixels
 
 
 def _plain(value: Any) -> Any:

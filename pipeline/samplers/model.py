@@ -6,15 +6,25 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.diffusion.elbo import mean_and_fraction
 from pipeline.diffusion.parameterisation import network_input, x_0_from
 from pipeline.diffusion.schedules import DiffusionConfig, Schedule, Variance, make_schedule
+from pipeline.errors import RequestError
+from pipeline.networks.monotone import ScheduledNetwork
 from pipeline.networks.unet import UNet, UNetConfig
 from pipeline.samplers.ancestral import ancestral
 from pipeline.samplers.ddim import ddim
+from pipeline.samplers.deis import deis
+from pipeline.samplers.dpm_solver import dpm_solver
+from pipeline.samplers.euler import euler
+from pipeline.samplers.euler_maruyama import euler_maruyama
+from pipeline.samplers.heun import heun
 from pipeline.samplers.plan import DEFAULT_STEPS, Plan, SamplingConfig, with_settings
-from pipeline.samplers.spacing import make_times
+from pipeline.samplers.pndm import pndm
+from pipeline.samplers.spacing import make_times, start_above
+from pipeline.samplers.unipc import unipc
 
 
 class ModelSpec(BaseModel, frozen=True, extra="forbid"):
@@ -46,16 +56,21 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid"):
 
     def admissible(self, sampling: SamplingConfig) -> SamplingConfig:
         """`sampling` without guidance where the model has no ε(∅) to guide with."""
-        return sampling if self.has_null_label else sampling.model_copy(update={"guidance": 0.0})
+        if self.has_null_label:
+            return sampling
+        none = {"guidance": 0.0, "guidance_rescale": 0.0, "guidance_interval": None}
+        return sampling.model_copy(update=none)
 
     @property
     def learns_variance(self) -> bool:
         """The network has as many output channels again, for the variance of a reverse step."""
         return self.diffusion.variance == "learned_range"
 
-    def make_network(self) -> UNet:
+    def make_network(self) -> nn.Module:
+        """The network with weights of its own, beside its schedule if that is learned."""
         out_channels = self.channels * (2 if self.learns_variance else 1)
-        return UNet(self.network, self.channels, self.image_size, self.num_classes, out_channels)
+        unet = UNet(self.network, self.channels, self.image_size, self.num_classes, out_channels)
+        return ScheduledNetwork(unet) if self.diffusion.schedule == "learned" else unet
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class Model:
     """A network in evaluation mode with its spec, its schedule and the digest of its weights."""
 
     spec: ModelSpec
-    network: UNet
+    network: nn.Module
     schedule: Schedule
     digest: str
 
@@ -73,19 +88,19 @@ class Model:
         """What the network says of a batch of rows, in its own parameterisation.
 
         x_t: (B, C, H, W); t, alpha_bar: (B,) float64 on the CPU; label: (B,), num_classes for ∅.
+        Differentiable in x_t where that requires a gradient.
 
         Returns:
             the output and, where the variance is learned, its fraction between log β̃ (0) and
             log β (1); (B, C, H, W) each.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(not x_t.requires_grad):
             image, time = network_input(self.spec.diffusion, x_t, t, alpha_bar)
             label_or_none = label.to(x_t.device) if self.spec.num_classes else None
             out: Tensor = self.network(image, time.to(x_t.device), label_or_none)
         if not self.spec.learns_variance:
             return out, None
-        mean, fraction = out.chunk(2, dim=1)
-        return mean, (fraction + 1) / 2
+        return mean_and_fraction(out)
 
     def x_0(self, output: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
         """x̂_0 of an output at x_t, (B, C, H, W) each; alpha_bar: (B,) float64."""
@@ -101,7 +116,34 @@ def build_model(spec: ModelSpec, weights: dict[str, Tensor], digest: str) -> Mod
     """The model of a spec and its weights, in float32 and evaluation mode."""
     network = spec.make_network()
     network.load_state_dict(weights)
-    return Model(spec, network.eval().requires_grad_(False), make_schedule(spec.diffusion), digest)
+    log_snr = None
+    if isinstance(network, ScheduledNetwork):
+        log_snr = network.log_snr(spec.diffusion.timesteps)
+    schedule = make_schedule(spec.diffusion, log_snr)
+    return Model(spec, network.eval().requires_grad_(False), schedule, digest)
+
+
+def check_sampling(diffusion: DiffusionConfig, sampling: SamplingConfig) -> None:
+    """Raise RequestError, with `param` set, where a sampler cannot follow a schedule."""
+    if sampling.steps > diffusion.timesteps:
+        raise RequestError(
+            f"steps={sampling.steps} must be from 1 to the model's {diffusion.timesteps} timesteps",
+            "steps",
+        )
+    if not diffusion.zero_terminal_snr:
+        return
+    if sampling.spacing in ("karras", "log_snr"):
+        raise RequestError(
+            f"spacing={sampling.spacing} cannot start at the signal-to-noise ratio of 0 that the "
+            "model's zero_terminal_snr means: use trailing or linspace",
+            "spacing",
+        )
+    if sampling.sampler in ("pndm", "euler_maruyama", "ode"):
+        raise RequestError(
+            f"sampler={sampling.sampler} cannot start at the signal-to-noise ratio of 0 that the "
+            "model's zero_terminal_snr means: use another, such as ddim or dpm_solver_pp",
+            "sampler",
+        )
 
 
 def make_plan(model: Model, sampling: SamplingConfig) -> Plan:
@@ -110,17 +152,40 @@ def make_plan(model: Model, sampling: SamplingConfig) -> Plan:
     Raises:
         ValueError: the schedule has no such steps; see `check_sampling`.
     """
-    return _plan(model.schedule, model.spec.diffusion.variance, sampling)
+    return compile_plan(model.schedule, model.spec.diffusion.variance, sampling)
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(schedule: Schedule, variance: Variance, sampling: SamplingConfig) -> Plan:
-    times = make_times(schedule, sampling.steps, sampling.spacing)
+def compile_plan(schedule: Schedule, variance: Variance, sampling: SamplingConfig) -> Plan:
+    """The plan of a sampling config; of langevin, that of its predictor. ode has none."""
+    start = start_above(schedule) if sampling.sampler in EXTRAPOLATE_EPS else None
+    times = make_times(schedule, sampling.steps, sampling.spacing, start)
     return with_settings(SOLVERS[sampling.sampler](schedule, times, variance, sampling), sampling)
+
+
+EXTRAPOLATE_EPS = ("heun", "dpm_solver", "pndm", "deis")
+"""They start where an error of x̂_0 can still be corrected; see spacing.start_above."""
+
+
+def _churn(config: SamplingConfig) -> tuple[float, float, float | None, float]:
+    return config.churn, config.churn_min, config.churn_max, config.churn_noise
 
 
 SOLVERS: dict[str, Callable[[Schedule, Tensor, Variance, SamplingConfig], Plan]] = {
     "ancestral": lambda schedule, times, variance, _: ancestral(schedule, times, variance),
     "ddim": lambda schedule, times, _, config: ddim(schedule, times, config.eta),
+    "euler": lambda schedule, times, _, config: euler(schedule, times, *_churn(config)),
+    "heun": lambda schedule, times, _, config: heun(schedule, times, *_churn(config)),
+    "dpm_solver": lambda schedule, times, _, config: dpm_solver(
+        schedule, times, config.order, "eps", config.singlestep
+    ),
+    "dpm_solver_pp": lambda schedule, times, _, config: dpm_solver(
+        schedule, times, config.order, "x_0", config.singlestep, config.stochastic
+    ),
+    "pndm": lambda schedule, times, *_: pndm(schedule, times),
+    "unipc": lambda schedule, times, _, config: unipc(schedule, times, config.order),
+    "deis": lambda schedule, times, _, config: deis(schedule, times, config.order),
+    "euler_maruyama": lambda schedule, times, *_: euler_maruyama(schedule, times),
+    "langevin": lambda schedule, times, variance, _: ancestral(schedule, times, variance),
 }
 """How a sampler's plan is made from the times it visits."""

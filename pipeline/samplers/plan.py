@@ -23,7 +23,7 @@ loop around it, for one plan and a whole batch.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import BaseModel, Field, model_validator
@@ -85,17 +85,12 @@ OWNERS = {
 """Settings that only some samplers have."""
 
 
-class SamplingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """How images are drawn."""
+class SolverSettings(BaseModel, frozen=True, extra="forbid", strict=True):
+    """How images are drawn, but for the steps and the guidance, which have other names in HTTP."""
 
     sampler: SamplerName = "ddim"
-    steps: int = Field(default=DEFAULT_STEPS, ge=1)
-    """Noise levels visited, at most the schedule's timesteps. Most samplers evaluate the network
-    once at each; heun and single-step solvers between them, too."""
     spacing: Spacing = "trailing"
     """Where the noise levels lie: see pipeline/samplers/spacing.py."""
-    guidance: float = Field(default=0.0, ge=0.0, le=50.0, allow_inf_nan=False)
-    """w of classifier-free guidance, ε = (1+w) ε(c) - w ε(∅); 0 is the plain conditional model."""
     guidance_rescale: float = Field(default=0.0, ge=0.0, le=1.0)
     """φ: how far the guided output gets back the standard deviation of the conditional one."""
     guidance_interval: Annotated[tuple[float, float], Field(strict=False)] | None = None
@@ -113,8 +108,8 @@ class SamplingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     stochastic: bool = False
     """DPM-Solver++ for the SDE: fresh noise at every step."""
     churn: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
-    churn_min: float = Field(default=0.0, ge=0.0)
-    churn_max: float | None = Field(default=None, ge=0.0)
+    churn_min: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    churn_max: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
     churn_noise: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     """S_churn, S_tmin, S_tmax (none: no bound) and S_noise of Karras et al. 2022, Algorithm 2."""
     corrector_steps: int = Field(default=1, ge=0, le=100)
@@ -127,10 +122,10 @@ class SamplingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Tolerances of the adaptive ODE solver."""
 
     @model_validator(mode="after")
-    def _settings_belong_to_the_sampler(self) -> "SamplingConfig":
+    def _settings_belong_to_the_sampler(self) -> Self:
         for name, owners in OWNERS.items():
             value = getattr(self, name)
-            if value != type(self).model_fields[name].default and self.sampler not in owners:
+            if value != SolverSettings.model_fields[name].default and self.sampler not in owners:
                 raise ValueError(
                     f"{name}={value} has no meaning for sampler={self.sampler}: drop it, or use "
                     f"{' or '.join(owners)}"
@@ -138,17 +133,12 @@ class SamplingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return self
 
     @model_validator(mode="after")
-    def _settings_fit_each_other(self) -> "SamplingConfig":
-        if self.guidance_rescale and not self.guidance:
-            raise ValueError(f"guidance_rescale={self.guidance_rescale} needs guidance above 0")
+    def _settings_fit_each_other(self) -> Self:
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
-            if not self.guidance:
-                raise ValueError("guidance_interval needs guidance above 0")
             if not 0 <= low < high:
                 raise ValueError(
-                    f"guidance_interval={self.guidance_interval} must be [low, high] with "
-                    "0 <= low < high"
+                    f"guidance_interval=[{low}, {high}] must be [low, high] with 0 <= low < high"
                 )
         if self.threshold_quantile is not None and not self.clip_x_0:
             raise ValueError(
@@ -159,12 +149,28 @@ class SamplingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError(
                 f"churn_min={self.churn_min} must be at most churn_max={self.churn_max}"
             )
-        if self.stochastic and self.order == 3:
-            raise ValueError("stochastic has orders 1 and 2: use order=2")
+        if self.stochastic and (self.order == 3 or self.singlestep):
+            raise ValueError("stochastic is for multistep orders 1 and 2: drop it, or use order=2")
         if self.sampler == "langevin" and self.predictor == "none" and not self.corrector_steps:
-            raise ValueError(
-                "predictor=none needs corrector_steps of 1 or more: nothing would move"
-            )
+            raise ValueError("corrector_steps=0 with predictor=none moves nothing: use 1 or more")
+        return self
+
+
+class SamplingConfig(SolverSettings, frozen=True, extra="forbid", strict=True):
+    """How images are drawn."""
+
+    steps: int = Field(default=DEFAULT_STEPS, ge=1)
+    """Noise levels visited, at most the schedule's timesteps. Most samplers evaluate the network
+    once at each; heun and single-step solvers more often, pndm once more in all."""
+    guidance: float = Field(default=0.0, ge=0.0, le=50.0, allow_inf_nan=False)
+    """w of classifier-free guidance, ε = (1+w) ε(c) - w ε(∅); 0 is the plain conditional model."""
+
+    @model_validator(mode="after")
+    def _guidance_is_there_to_be_shaped(self) -> Self:
+        if not self.guidance:
+            for name in ("guidance_rescale", "guidance_interval"):
+                if value := getattr(self, name):
+                    raise ValueError(f"{name}={value} needs guidance above 0: drop it")
         return self
 
 
@@ -236,6 +242,18 @@ def threshold(x_0: Tensor, rows: Tensor) -> Tensor:
     return x_0.clamp(-bound, bound)
 
 
+def scaled_noise(z: Tensor, fraction: Tensor | None, rows: Tensor) -> Tensor:
+    """z (B, ...) with the standard deviation that a learned variance has above the plan's β̃.
+
+    fraction: (B, ...) between log β̃ (0) and log β (1), None if the variance is not learned.
+    """
+    if fraction is None:
+        return z
+    log_std = like(rows[:, LOG_RANGE], z) * fraction / 2
+    # image by image: what torch's vectors leave over at the end of a batch rounds differently
+    return z * torch.stack([image.exp() for image in log_std])
+
+
 def advance(state: Tensor, x_0: Tensor, z: Tensor, rows: Tensor) -> Tensor:
     """One row of a plan for each row of a batch: the next state.
 
@@ -243,7 +261,7 @@ def advance(state: Tensor, x_0: Tensor, z: Tensor, rows: Tensor) -> Tensor:
     each image, on the CPU. The sum is taken term by term in one order, and a term of another image
     adds 0 to this one: the result does not depend on the company.
     """
-    matrix = rows[:, MATRIX].unflatten(1, (len(SLOTS), NUM_SOURCES))
+    matrix = rows[:, MATRIX].reshape(-1, len(SLOTS), NUM_SOURCES)
     sources = [*state.unbind(1), x_0, z]
     following = torch.zeros_like(state)
     for slot, source in matrix.any(0).nonzero().tolist():

@@ -15,7 +15,26 @@ RHO = 7.0
 """ρ of Karras et al. 2022, Eq. 5."""
 
 
-def make_times(schedule: Schedule, steps: int, spacing: Spacing) -> Tensor:
+LEAST_LOG_SNR = -10.2
+"""λ/2 = -5.1, where Lu et al. 2022 start on the cosine schedule; √ᾱ is 0.006, as linear's last."""
+
+
+def start_above(schedule: Schedule, log_snr: float = LEAST_LOG_SNR) -> float:
+    """T-1, or the real time of that log-SNR where the schedule falls below it.
+
+    A solver that extrapolates ε multiplies an error of x̂_0 by σ_t/σ_s, σ = √((1-ᾱ)/ᾱ), in a step
+    from t to s. The cosine schedule ends at σ = 20,291, from where one step loses the image; x_t is
+    noise just as well at σ = 164. Where ᾱ is 0 the step is of order 1, and T-1 is the place.
+    """
+    last = schedule.timesteps - 1
+    if schedule.alpha_bar[-1] == 0 or schedule.log_snr[-1] >= log_snr:
+        return float(last)
+    return float(schedule.t_at(torch.tensor([log_snr], dtype=torch.float64)))
+
+
+def make_times(
+    schedule: Schedule, steps: int, spacing: Spacing, start: float | None = None
+) -> Tensor:
     """(steps+1,) float64, falling, the last one -1.
 
         trailing   T-1, then every T/N-th, rounded; the default: x_T is noise there
@@ -26,32 +45,40 @@ def make_times(schedule: Schedule, steps: int, spacing: Spacing) -> Tensor:
 
     The first three are named as in Lin et al. 2023, table 2.
 
+    Args:
+        start: the first time, for T-1; if it is real, times are not rounded. leading has its own.
+
     Raises:
         ValueError: steps is not in 1 .. T, or the spacing needs a finite log-SNR and there is none.
     """
     T = schedule.timesteps
     if not 1 <= steps <= T:
         raise ValueError(f"steps={steps} must be from 1 to the schedule's {T} timesteps")
+    first = float(T - 1) if start is None else start
     i = torch.arange(steps, dtype=torch.float64)
     if spacing == "trailing":
-        times = (T * (steps - i) / steps).round() - 1
+        times = (first + 1) * (steps - i) / steps - 1
     elif spacing == "leading":
         times = (i * (T // steps)).flip(0)
     elif spacing == "linspace":
-        times = torch.linspace(T - 1, 0, steps, dtype=torch.float64).round()
+        times = torch.linspace(first, 0, steps, dtype=torch.float64)
     else:
-        log_snr = schedule.log_snr
-        if log_snr[-1].isinf():
+        low_snr = schedule.alpha_bar_at(torch.tensor(first)).logit()
+        high_snr = schedule.log_snr[0]
+        if low_snr.isinf():
             raise ValueError(
                 f"spacing={spacing} cannot start at a signal-to-noise ratio of 0 "
                 "(zero_terminal_snr): use trailing"
             )
         part = i / max(1, steps - 1)
         if spacing == "log_snr":
-            levels = torch.lerp(log_snr[-1], log_snr[0], part)
+            levels = torch.lerp(low_snr, high_snr, part)
         else:
-            high, low = (-log_snr[[-1, 0]] / 2 / RHO).exp()  # σ^(1/ρ), σ = e^{-λ/2}
-            levels = -2 * RHO * torch.lerp(high, low, part).log()
+            # σ^(1/ρ), σ = e^{-λ/2}
+            roots = torch.lerp((-low_snr / 2 / RHO).exp(), (-high_snr / 2 / RHO).exp(), part)
+            levels = -2 * RHO * roots.log()
         times = schedule.t_at(levels)
-        times[0] = T - 1  # exactly
+        times[0] = first  # exactly
+    if first == T - 1 and spacing in ("trailing", "linspace"):
+        times = times.round()
     return torch.cat([times, times.new_tensor([-1.0])])

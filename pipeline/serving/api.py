@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.errors import RequestError
 from pipeline.samplers.model import ModelSpec
-from pipeline.samplers.plan import SamplingConfig
+from pipeline.samplers.plan import OFFLINE, SamplingConfig, SolverSettings
 from pipeline.serving.engine import ImageRequest, Mode
 
 
@@ -29,8 +29,8 @@ class ServingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Requests that wait or run at a time; beyond them a client is told to retry (429)."""
 
 
-class GenerationRequest(BaseModel, frozen=True, extra="forbid", strict=True):
-    """The body of a request."""
+class GenerationRequest(SolverSettings, frozen=True, extra="forbid", strict=True):
+    """The body of a request: what OpenAI's clients send, and the settings of a solver."""
 
     prompt: str | None = None
     """A class name of the model; OpenAI clients always send one. Empty for none."""
@@ -43,19 +43,16 @@ class GenerationRequest(BaseModel, frozen=True, extra="forbid", strict=True):
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Drawn at random and reported when missing."""
     class_label: int | None = Field(default=None, ge=0)
-    sampler: Literal["ancestral", "ddim"] = "ddim"
     num_inference_steps: int | None = Field(default=None, ge=1)
     """By default 50, or as many as the model has timesteps."""
     guidance_scale: float = Field(default=0.0, ge=0, le=50, allow_inf_nan=False)
-    eta: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
     mode: Mode | None = None
 
     def sampling(self, spec: ModelSpec) -> SamplingConfig:
         return SamplingConfig(
-            sampler=self.sampler,
+            **self.model_dump(include=set(SolverSettings.model_fields)),
             steps=self.num_inference_steps or spec.default_steps,
             guidance=float(self.guidance_scale),
-            eta=float(self.eta),
         )
 
 
@@ -85,6 +82,12 @@ def parse_request(
         request.sampling(spec)
     except ValidationError as error:
         raise _first_problem(error) from error
+    if request.sampler in OFFLINE:
+        raise RequestError(
+            f"sampler={request.sampler} takes as many steps as each image needs and is not served: "
+            "draw with `ddpm sample`, or choose another sampler",
+            "sampler",
+        )
     if request.n > max_images:
         raise RequestError(f"n={request.n} must be from 1 to {max_images}", "n")
     if request.model is not None and request.model not in names:

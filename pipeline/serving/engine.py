@@ -24,20 +24,20 @@ import torch
 from torch import Tensor
 
 from pipeline.data.images import to_uint8
-from pipeline.diffusion.gaussian import like
 from pipeline.diffusion.guidance import guided, rescaled
 from pipeline.errors import RequestError
-from pipeline.samplers.model import Model, ModelSpec, make_plan
+from pipeline.samplers.model import Model, ModelSpec, check_sampling, make_plan
 from pipeline.samplers.plan import (
     ALPHA_BAR,
     GUIDANCE,
-    LOG_RANGE,
+    OFFLINE,
     RESCALE,
     SamplingConfig,
     T,
     X,
     advance,
     needs_noise,
+    scaled_noise,
     start,
     threshold,
 )
@@ -116,6 +116,7 @@ class Engine:
             RequestError: the model cannot draw it.
         """
         check_request(self.model.spec, request)
+        assert request.sampling.sampler not in OFFLINE, "drawn by pipeline/serving/offline.py"
         ticket = self._next_ticket
         self._next_ticket += 1
         table = make_plan(self.model, request.sampling).table
@@ -130,13 +131,13 @@ class Engine:
             return []
         state = torch.stack([image.state for image in images])  # (n, 5, C, H, W)
         rows = torch.stack([image.row for image in images])  # (n, NUM_COLUMNS)
-        x_0, fraction = self._x_0(images, state[:, X], rows)
+        labels = [image.request.label for image in images]
+        x_0, fraction = self.x_0(labels, state[:, X], rows)
         z = torch.zeros_like(x_0)
         for i in needs_noise(rows).nonzero().flatten().tolist():
             noise_key = _noise_key(images[i].request, images[i].position + 1)
             z[i] = normal([noise_key], self.model.spec.image_shape)[0]
-        if fraction is not None:  # the learned part of the variance, above β̃ of the plan
-            z = z * (like(rows[:, LOG_RANGE], z) * fraction / 2).exp()
+        z = scaled_noise(z, fraction, rows)
         state = advance(state, threshold(x_0, rows), z, rows)
 
         finished = []
@@ -179,13 +180,16 @@ class Engine:
                 break
         return images
 
-    def _x_0(self, images: list[_Image], x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x̂_0 of each image, guided where its plan says so, by one call of the network.
+    def x_0(
+        self, labels: Sequence[int | None], x: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """x̂_0 of n images, guided where their rows of a plan say so, by one call of the network.
 
-        And the fraction of a learned variance; both (n, C, H, W).
+        And the fraction of a learned variance; x and both of these (n, C, H, W). Guided images
+        count twice, and there are at most `rows`.
         """
-        n, null = len(images), self.model.spec.num_classes
-        labels = [null if image.request.label is None else image.request.label for image in images]
+        n, null = len(labels), self.model.spec.num_classes
+        labels = [null if label is None else label for label in labels]
         w = rows[:, GUIDANCE]
         is_guided = w != 0
         num_rows = n + int(is_guided.sum())
@@ -195,7 +199,7 @@ class Engine:
             torch.cat([column, column[is_guided], column[:1].expand(padding)])
             for column in (rows[:, T], rows[:, ALPHA_BAR])
         )
-        label_rows = torch.tensor(labels + [null] * (num_rows - n + padding))
+        label_rows = torch.tensor([*labels, *[null] * (num_rows - n + padding)])
 
         with self._threads():
             output, fraction = self.model.output(x_rows.to(self.device), t, alpha_bar, label_rows)
@@ -230,12 +234,7 @@ class Engine:
 def check_request(spec: ModelSpec, request: ImageRequest) -> None:
     """Raise RequestError unless a model of that spec can draw `request`."""
     sampling = request.sampling
-    if sampling.steps > spec.diffusion.timesteps:
-        raise RequestError(
-            f"steps={sampling.steps} must be from 1 to the model's {spec.diffusion.timesteps} "
-            "timesteps",
-            "steps",
-        )
+    check_sampling(spec.diffusion, sampling)
     if request.label is not None and not 0 <= request.label < spec.num_classes:
         known = (
             f"from 0 to {spec.num_classes - 1}" if spec.num_classes else "none: it has no classes"

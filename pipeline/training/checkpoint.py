@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and JSON, no pickle.
 
 A checkpoint is a folder `step-000001000/` with `model.safetensors`, `ema.safetensors`,
-`optimizer.safetensors` and, written last, `state.json`: the step, the model's spec, the history of
-logged metrics and the sha256 of each file. Without a valid `state.json` a folder does not count.
+`optimizer.safetensors`, `timesteps.safetensors` where timesteps are drawn by the losses so far and,
+written last, `state.json`: the step, the model's spec, the history of logged metrics and the sha256
+of each file. Without a valid `state.json` a folder does not count.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pipeline.errors import CorruptArtifact
 from pipeline.training.loop import TrainState
 
 STATE = "state.json"
+TIMESTEPS = "timesteps.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def save(
         "ema.safetensors": _cpu(state.ema.weights),
         "optimizer.safetensors": _cpu(_optimizer_tensors(state.network, state.optimizer)),
     }
+    if state.losses is not None:
+        tensors[TIMESTEPS] = state.losses.tensors()
     files = {}
     for name, content in tensors.items():
         files[name] = storage.write_bytes(storage.join(uri, name), save_tensors(content)).sha256
@@ -104,6 +108,8 @@ def load(info: CheckpointInfo, state: TrainState) -> None:
     state.ema.load(read_tensors(info, "ema.safetensors"))
     optimizer = read_tensors(info, "optimizer.safetensors")
     _load_optimizer_tensors(state.network, state.optimizer, optimizer)
+    if state.losses is not None:
+        state.losses.load(read_tensors(info, TIMESTEPS))
     state.step = info.step
 
 

@@ -29,6 +29,16 @@ def mean_over_ranks(value: Tensor) -> float:
     return float(value / world_size)
 
 
+def all_rows(values: Tensor) -> Tensor:
+    """The rows (b, ...) of all ranks in the order of the ranks: (B, ...); waits for all of them."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world_size)]
+    distributed.all_gather(parts, values)
+    return torch.cat(parts)
+
+
 def from_rank_zero(value: int, device: torch.device) -> int:
     """Rank 0's value on every rank; waits for all of them."""
     tensor = torch.tensor(value, dtype=torch.int64, device=device)
