@@ -472,6 +472,7 @@ def _treat_sigterm_as_ctrl_c() -> None:
 def execute(arguments: list[str]) -> int:
     """Run a command and turn what it raises into one sentence; returns the exit code."""
     os.environ["MLFLOW_CONFIGURE_LOGGING"] = "false"  # it would print its log lines
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # and bars, where tqdm is there
     _use_ray_token()
     try:
         app(arguments)

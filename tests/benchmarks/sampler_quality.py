@@ -55,17 +55,15 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "ancestral": {"sampler": "ancestral"},
     "ddim": {"sampler": "ddim"},
     "euler": {"sampler": "euler"},
-    "heun": {"sampler": "heun", "spacing": "log_snr"},
+    "heun": {"sampler": "heun"},
     "dpm_solver 2": {"sampler": "dpm_solver", "order": 2},
     "dpm_solver_pp 2M": {"sampler": "dpm_solver_pp", "order": 2},
     "dpm_solver_pp 3M": {"sampler": "dpm_solver_pp", "order": 3},
-    "pndm": {"sampler": "pndm", "spacing": "log_snr"},
+    "pndm": {"sampler": "pndm"},
     "unipc": {"sampler": "unipc", "order": 2},
     "deis": {"sampler": "deis", "order": 2},
     "euler_maruyama": {"sampler": "euler_maruyama"},
 }
-"""Spaced `trailing` where nothing is said. Heun and PNDM average the slopes at both ends of their
-first step, which from the near-infinite σ of a cosine schedule must be short."""
 EVALUATIONS = (5, 10, 20, 50, 100)
 COMPARED_AT = 20
 GOAL = 1 / 1.05
@@ -151,7 +149,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few images, few evaluations")
     parser.add_argument("-n", type=int, help="images a sampler (2000; quick: 200)")
     parser.add_argument("--guidance", type=float, default=0.0)
-    parser.add_argument("--spacing", nargs="+", help="for all samplers, one or more")
+    parser.add_argument("--spacing", nargs="+", help="one or more; trailing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=256, help="of a network call")
@@ -242,7 +240,7 @@ def arms(model: Model, options: argparse.Namespace) -> list[tuple[str, int, Samp
         if settings["sampler"] not in SOLVERS:
             print(f"{label}: skipped, it is not among the samplers")
             continue
-        for spacing in options.spacing or [settings.get("spacing", "trailing")]:
+        for spacing in options.spacing or ["trailing"]:
             name = label if spacing == "trailing" else f"{label}, {spacing}"
             for asked in options.evaluations:
                 if (name, asked) == ("ancestral", reference):
