@@ -148,6 +148,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("model", help="a checkpoint's or a training's folder, or NAME@ALIAS")
     parser.add_argument("--quick", action="store_true", help="few images, few evaluations")
     parser.add_argument("-n", type=int, help="images a sampler (2000; quick: 200)")
+    parser.add_argument(
+        "--evaluations", type=int, nargs="+", help=f"of the network, {COMPARED_AT} among them"
+    )
     parser.add_argument("--guidance", type=float, default=0.0)
     parser.add_argument("--spacing", nargs="+", help="one or more; trailing")
     parser.add_argument("--seed", type=int, default=0)
@@ -160,7 +163,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="PNG (STORAGE/sampler_quality.png)")
     options = parser.parse_args()
     options.n = options.n or (200 if options.quick else 2000)
-    options.evaluations = (5, COMPARED_AT) if options.quick else EVALUATIONS
+    if options.evaluations is None:
+        options.evaluations = (5, COMPARED_AT) if options.quick else EVALUATIONS
+    elif COMPARED_AT not in options.evaluations:
+        parser.error(f"--evaluations must have {COMPARED_AT}, where samplers are compared")
     options.reference = 100 if options.quick else 1000
     options.out = options.out or Path(options.storage) / "sampler_quality.png"
     return options
