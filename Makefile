@@ -37,4 +37,4 @@ ui: install      ## Open the MLflow UI on the runs of this folder
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 clean:           ## Delete what runs made here: outputs, runs, models
-	rm -rf runs samples mlruns mlflow.db mlflow.db.lock
+	rm -rf runs samples schedule.png mlruns mlflow.db mlflow.db.lock

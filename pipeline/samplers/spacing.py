@@ -55,13 +55,14 @@ def make_times(
     if not 1 <= steps <= T:
         raise ValueError(f"steps={steps} must be from 1 to the schedule's {T} timesteps")
     first = float(T - 1) if start is None else start
+    whole = torch.round if first == T - 1 else torch.clone  # between timesteps, nothing to round to
     i = torch.arange(steps, dtype=torch.float64)
     if spacing == "trailing":
-        times = (first + 1) * (steps - i) / steps - 1
+        times = whole((first + 1) * (steps - i) / steps) - 1
     elif spacing == "leading":
         times = (i * (T // steps)).flip(0)
     elif spacing == "linspace":
-        times = torch.linspace(first, 0, steps, dtype=torch.float64)
+        times = whole(torch.linspace(first, 0, steps, dtype=torch.float64))
     else:
         low_snr = schedule.alpha_bar_at(torch.tensor(first)).logit()
         high_snr = schedule.log_snr[0]
@@ -79,6 +80,4 @@ def make_times(
             levels = -2 * RHO * roots.log()
         times = schedule.t_at(levels)
         times[0] = first  # exactly
-    if first == T - 1 and spacing in ("trailing", "linspace"):
-        times = times.round()
     return torch.cat([times, times.new_tensor([-1.0])])
