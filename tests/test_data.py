@@ -286,7 +286,7 @@ def test_names_of_classes_can_be_given(tmp_path: Path) -> None:
         sources.DataConfig(source="x", image_size=8, channels=1, class_names=("bag", "bag"))
 
 
-@pytest.mark.skipif(not FASHION.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(not FASHION.exists(), reason="apt-get install dataset-fashion-mnist")
 def test_fashion_mnist_is_read_as_debian_installs_it() -> None:
     from pipeline.config import load_config
 
