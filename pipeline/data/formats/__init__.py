@@ -1,0 +1,13 @@
+"""The kinds of file that images come in, one module each; sources.py chooses by the file's name.
+
+Each module has two functions:
+
+    index(place, name) -> Iterator[Member]
+        what is in the file, in a stable order, every image with a hash of its content
+    read(place, name, wheres) -> Iterator[bytes | np.ndarray]
+        the content of the images at those places of the file, in that order: an encoded image
+        file, or (H, W, C) uint8 pixels
+
+`index` reads all of a file once, `read` only what is asked for. What is wrong with a single image
+is said in its Member; what is wrong with the whole file is a DataError.
+"""

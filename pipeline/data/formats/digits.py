@@ -1,0 +1,30 @@
+"""The 1,797 handwritten digits of scikit-learn (UCI optdigits), in place of files."""
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from pipeline.data.formats.common import Member, Place, sha256
+
+
+def index(place: Place, name: str) -> Iterator[Member]:
+    pixels, labels = _digits()
+    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        yield Member(f"{i:04d}", str(label), sha256(image.tobytes()), (i,))
+
+
+def read(place: Place, name: str, wheres: list[tuple[int, ...]]) -> Iterator[np.ndarray]:
+    pixels, _ = _digits()
+    for (i,) in wheres:
+        yield pixels[i]
+
+
+@functools.cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """(N, 8, 8, 1) uint8, (N,)."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # 0..16 -> 0..255
+    return pixels, bunch.target

@@ -1,0 +1,22 @@
+"""An image file itself: one image, known by its path."""
+
+from collections.abc import Iterator
+
+from pipeline.data.formats.common import UNREADABLE, Member, Place, sha256, why_unreadable
+
+
+def index(place: Place, name: str) -> Iterator[Member]:
+    """One member without a name; the label, if it is the folder, is for the reader to see."""
+    try:
+        raw = place.read(name)
+    except UNREADABLE as error:
+        yield Member("", None, "", bad=f"the file cannot be read ({why_unreadable(error)})")
+    else:
+        yield Member("", None, sha256(raw))
+
+
+def read(place: Place, name: str, wheres: list[tuple[int, ...]]) -> Iterator[bytes]:
+    with place.explained(name):
+        raw = place.read(name)
+    for _ in wheres:
+        yield raw
