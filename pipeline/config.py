@@ -36,6 +36,9 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     gpus_per_worker: Literal[0, 1] = 0
     max_failures: int = Field(default=10, ge=0)
     """How often training is restarted from its last checkpoint after a worker was lost."""
+    cache: str | None = Field(default=None, pattern="^/")
+    """An absolute path: the folder where each node keeps the training images as they are mapped
+    into memory; by default ray-ddpm-cache-UID among the temporary files."""
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):

@@ -8,6 +8,7 @@ The workers send what they log to a small actor; the driver takes it from there 
 to MLflow, which only the driver writes to.
 """
 
+import contextlib
 import logging
 import math
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -26,9 +28,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import storage
 from pipeline.config import RunConfig as PipelineConfig
-from pipeline.data.batches import Batches
+from pipeline.data.batches import Batches, FullShuffle, Shuffle, prefetch
+from pipeline.data.cache import memory_mapped
 from pipeline.data.images import grid
+from pipeline.data.parts import read_parts
 from pipeline.data.shards import read_split
+from pipeline.data.summary import CONTACT_SHEET
+from pipeline.data.windows import WindowedShuffle
 from pipeline.diffusion.schedules import make_schedule
 from pipeline.errors import PipelineError, TrainingDiverged
 from pipeline.evaluation.metrics import holdout_loss
@@ -117,50 +123,73 @@ def _train_rank(job: Job) -> None:
     if rank == 0:
         job.reporter.push.remote({"resumed_at": step, "history": history})
 
-    images = read_split(job.shard_set, "train")
-    batches = Batches(images, training.batch_size, config.seed, rank, world_size)
+    shuffle = open_shuffle(job)
+    batches = Batches(shuffle, rank, world_size, training.label_dropout, training.augmentation)
+    # one node may have to decode the data for longer than the process group's operations may take
+    ray.train.collective.barrier()
     forward = parallel.wrap(network, device)
+    schedule = None if config.diffusion.schedule == "learned" else make_schedule(config.diffusion)
     losses: list[torch.Tensor] = []
+    waited = 0.0
     since = time.monotonic()
-    for record in train(
-        state,
-        forward,
-        batches,
-        config.diffusion,
-        None if config.diffusion.schedule == "learned" else make_schedule(config.diffusion),
-        training,
-        spec.num_classes,
-        config.seed,
-        device,
+    with (
+        contextlib.closing(shuffle),
+        contextlib.closing(prefetch(batches, step, training.steps)) as coming,
     ):
-        losses.append(record.loss)
-        last = record.step == training.steps
-        if record.step % training.log_every == 0 or last:
-            loss = parallel.mean_over_ranks(torch.stack(losses).mean())
-            if not math.isfinite(loss):  # the same on all ranks; nothing of it is saved
-                raise TrainingDiverged(
-                    f"the training loss is not finite at step {record.step}; the checkpoints "
-                    "before it are kept: try a lower training.lr, more training.warmup_steps or "
-                    "less training.grad_clip"
+        for record in train(
+            state,
+            forward,
+            coming,
+            config.diffusion,
+            schedule,
+            training,
+            spec.num_classes,
+            config.seed,
+            device,
+        ):
+            losses.append(record.loss)
+            waited += record.waited
+            last = record.step == training.steps
+            if record.step % training.log_every == 0 or last:
+                loss = parallel.mean_over_ranks(torch.stack(losses).mean())
+                if not math.isfinite(loss):  # the same on all ranks; nothing of it is saved
+                    raise TrainingDiverged(
+                        f"the training loss is not finite at step {record.step}; the checkpoints "
+                        "before it are kept: try a lower training.lr, more training.warmup_steps "
+                        "or less training.grad_clip"
+                    )
+                seconds, since = time.monotonic() - since, time.monotonic()
+                share = torch.tensor(waited / seconds, device=device)
+                history.append(
+                    {
+                        "step": record.step,
+                        "loss": loss,
+                        "lr": record.lr,
+                        "images_per_second": len(losses) * training.batch_size / seconds,
+                        "data_wait": parallel.mean_over_ranks(share),
+                    }
                 )
-            seconds, since = time.monotonic() - since, time.monotonic()
-            history.append(
-                {
-                    "step": record.step,
-                    "loss": loss,
-                    "lr": record.lr,
-                    "images_per_second": len(losses) * training.batch_size / seconds,
-                }
-            )
-            losses.clear()
-            if rank == 0:
-                job.reporter.push.remote({"history": history[-1:]})
-        if record.step % training.checkpoint_every == 0 or last:
-            if rank == 0:
-                saved = checkpoint.save(job.folder, state, spec.model_dump(), history)
-                checkpoint.prune(job.folder, training.keep_checkpoints)
-                job.reporter.push.remote({"checkpoint": saved.uri, "step": saved.step})
-            parallel.barrier()
+                losses.clear()
+                waited = 0.0
+                if rank == 0:
+                    job.reporter.push.remote({"history": history[-1:]})
+            if record.step % training.checkpoint_every == 0 or last:
+                if rank == 0:
+                    saved = checkpoint.save(job.folder, state, spec.model_dump(), history)
+                    checkpoint.prune(job.folder, training.keep_checkpoints)
+                    job.reporter.push.remote({"checkpoint": saved.uri, "step": saved.step})
+                parallel.barrier()
+
+
+def open_shuffle(job: Job) -> Shuffle:
+    """The training images in the order that the config asks for."""
+    config, training = job.config, job.config.training
+    if training.shuffle == "full":
+        images, labels = memory_mapped(job.shard_set, "train", config.cluster.cache)
+        return FullShuffle(images, labels, config.seed, training.batch_size)
+    parts = read_parts(job.shard_set, "train")
+    window, lanes = training.shuffle_window, training.shuffle_lanes
+    return WindowedShuffle(parts, config.seed, training.batch_size, window, lanes)
 
 
 def preview(uri: str, shard_set: str, guidance: float, seed: int) -> tuple[bytes, float]:
@@ -236,8 +265,10 @@ def run(ctx: StageContext) -> Outcome:
         config.name,
         shards.id,
         ctx.inputs["preprocess"],
-        {name: shards.stats[name] for name in ("num_images", "image_shape", "source_sha256")},
+        {name: value for name, value in shards.stats.items() if name not in ("bad", "duplicates")},
     )
+    sheet = storage.join(ctx.inputs["preprocess"], f"{CONTACT_SHEET}.png")
+    tracked.log_image(CONTACT_SHEET, 0, storage.read_bytes(sheet))
     ctx.progress.start(config.training.steps, "steps")
     reporter = Reporter.remote()  # type: ignore[attr-defined]
     job = Job(config, ctx.folder, ctx.inputs["preprocess"], shards.stats["class_names"], reporter)

@@ -97,9 +97,19 @@ def test_the_mlflow_run_tells_the_training(tiny: Workplace) -> None:
             1,
             "FINISHED",
         )
-        assert database.execute("SELECT count(*) FROM datasets").fetchone() == (1,)
+        ((digest, profile),) = database.execute(
+            "SELECT dataset_digest, dataset_profile FROM datasets"
+        )
+    assert digest == tiny.manifest("preprocess")["id"]
+    assert json.loads(profile)["pixel_mean"] == tiny.manifest("preprocess")["stats"]["pixel_mean"]
     grids = list((tiny.folder / "mlruns").rglob("images/samples+step+*.png"))
     assert len(grids) == 3
+    (sheet,) = (tiny.folder / "mlruns").rglob("images/contact_sheet+step+0+*.png")
+    (made,) = (tiny.folder / "runs" / "preprocess").glob("*/contact_sheet.png")
+    assert np.array_equal(np.asarray(Image.open(sheet)), np.asarray(Image.open(made)))
+    waits = [share for _, share in metric_history(tiny, "data_wait")]
+    assert len(waits) == 12
+    assert all(0 <= share < 1 for share in waits)
 
 
 def test_the_second_run_finds_everything_cached(tiny: Workplace) -> None:
@@ -293,6 +303,7 @@ def make_photos(folder: Path, count: int = 24, copies: int = 5) -> None:
 
 
 PHOTOS = [
+    "data.drop_duplicates=false",
     "data.image_size=16",
     "network.attention_at=[8]",
     "data.channels=3",
@@ -301,13 +312,22 @@ PHOTOS = [
 ]
 
 
+def shard_sets(place: Workplace) -> list[Path]:
+    """The newest first."""
+    manifests = place.folder.glob("runs/preprocess/*/manifest.json")
+    return [p.parent for p in sorted(manifests, key=lambda p: p.stat().st_mtime, reverse=True)]
+
+
 def parts(place: Workplace) -> dict[str, bytes]:
-    (folder,) = (path.parent for path in place.folder.glob("runs/preprocess/*/manifest.json"))
+    folder = shard_sets(place)[0]
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.parquet")}
 
 
 def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> None:
-    """A task is killed, then the command is ended; the parts are those of a quiet run."""
+    """A task is killed, then the command is ended; the parts are those of a quiet run.
+
+    Then an image is added: only the shards near it are made anew.
+    """
     photos = tmp_path / "photos"
     make_photos(photos)
     (photos / "dark" / "broken.png").write_bytes(b"not an image")
@@ -316,7 +336,7 @@ def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> No
     quiet = Workplace(tmp_path / "quiet")
     quiet.folder.mkdir()
     output = quiet.ddpm(*command)
-    assert "2 of 122 images left out (dark/broken.png: cannot be decoded" in output
+    assert "left out 2 unusable (dark/broken.png: it is not a PNG" in output
     assert "light/empty.png: the file is empty)" in output
     stats = quiet.manifest("preprocess")["stats"]
     assert stats["class_names"] == ["dark", "light"]
@@ -324,7 +344,7 @@ def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> No
     assert sum(stats["num_images"].values()) == 120
     reasons = {bad["key"]: bad["reason"] for bad in stats["bad"]}
     assert reasons["light/empty.png"] == "the file is empty"
-    assert reasons["dark/broken.png"].startswith("cannot be decoded")
+    assert reasons["dark/broken.png"].startswith("it is not a PNG")
     assert stats["num_bad"] == 2
 
     killed = Workplace(tmp_path / "killed")
@@ -339,12 +359,30 @@ def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> No
     finally:
         end(process)
     before = {p: p.stat().st_mtime_ns for p in killed.folder.glob("runs/preprocess/*/parts/*.json")}
-    assert done <= len(before) < 61
+    num_shards = len(json.loads((shard_sets(quiet)[0] / "shards.json").read_text()))
+    assert done <= len(before) < num_shards
     assert "goes on from what is finished" in killed.quick("explain", *command[1:])
     killed.ddpm(*command)
     assert {p: p.stat().st_mtime_ns for p in before} == before, "finished shards are not made again"
     assert parts(killed) == parts(quiet)
     assert killed.manifest("preprocess")["id"] == quiet.manifest("preprocess")["id"]
+    folder = shard_sets(quiet)[0]
+    sheet = np.asarray(Image.open(folder / "contact_sheet.png"))
+    assert sheet.shape == (10 * 68 + 4, 2 * 68 + 4, 3)
+    assert sheet[20, 20].mean() < 128 < sheet[20, 88].mean(), "dark left, light right"
+
+    Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(photos / "light" / "012-new.png")
+    damaged = next(folder.glob("train/*.parquet"))
+    damaged.chmod(0o600)  # in place: the parts of a ShardSet may have a second name in a later one
+    damaged.write_bytes(b"damaged" + damaged.read_bytes()[7:])
+    quiet.ddpm(*command)
+    newest = shard_sets(quiet)[0]
+    assert newest != folder
+    inodes = [{p.stat().st_ino for p in s.rglob("*.parquet")} for s in (folder, newest)]
+    assert 0 < len(inodes[1] - inodes[0]) <= 10
+    assert len(inodes[1] & inodes[0]) > 30
+    assert damaged.stat().st_ino not in inodes[1]
+    assert sum(json.loads((newest / "manifest.json").read_text())["stats"]["class_counts"]) == 121
 
 
 def test_more_bad_images_than_allowed_are_refused() -> None:
@@ -363,7 +401,7 @@ def test_a_source_of_nothing_but_bad_images_is_refused(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(3):
-        (photos / f"{i}.png").write_bytes(b"not an image")
+        (photos / f"{i}.png").write_bytes(b"not an image, %d" % i)
     output = Workplace(tmp_path).run_tiny(f"data.source={photos}", verb="preprocess", code=2)
     assert "none of its 3 images can be used" in output
     assert "Traceback" not in output

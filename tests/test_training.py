@@ -3,6 +3,7 @@
 import math
 import re
 import socket
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, multiprocessing, nn
 
 from pipeline import storage
-from pipeline.data.batches import Batches
-from pipeline.data.shards import NO_LABEL, ImageSet
+from pipeline.data.batches import Batch, Batches, FullShuffle, prefetch
+from pipeline.data.shards import NO_LABEL
 from pipeline.diffusion.elbo import bound_term, prior_term, reconstruction_term
 from pipeline.diffusion.gaussian import q_sample
 from pipeline.diffusion.parameterisation import target, x_0_from
@@ -32,7 +33,7 @@ from pipeline.training.loop import (
     TrainingConfig,
     TrainState,
     check_objective,
-    draw,
+    draw_noise,
     learned_schedule_loss,
     learning_rate,
     loss,
@@ -56,11 +57,11 @@ def config(**values: object) -> TrainingConfig:
     return TrainingConfig(**{**base, **values})  # type: ignore[arg-type]
 
 
-def images() -> ImageSet:
+def images(batch_size: int) -> FullShuffle:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
     labels = np.array([0, 1, NO_LABEL, 1] * 5)
-    return ImageSet(pixels, labels, [str(i) for i in range(20)])
+    return FullShuffle(pixels, labels, 3, batch_size)
 
 
 def fresh(training: TrainingConfig, spec: ModelSpec = SPEC) -> TrainState:
@@ -75,12 +76,14 @@ def steps(
     world_size: int = 1,
     spec: ModelSpec = SPEC,
 ) -> Iterator[StepRecord]:
-    batches = Batches(images(), training.batch_size, 3, rank, world_size)
+    shuffle = images(training.batch_size)
+    batches = Batches(shuffle, rank, world_size, training.label_dropout, training.augmentation)
+    coming = prefetch(batches, state.step, training.steps)
     forward = parallel.wrap(state.network, CPU)
     learned = spec.diffusion.schedule == "learned"
     schedule = None if learned else make_schedule(spec.diffusion)
     return train(
-        state, forward, batches, spec.diffusion, schedule, training, spec.num_classes, 3, CPU
+        state, forward, coming, spec.diffusion, schedule, training, spec.num_classes, 3, CPU
     )
 
 
@@ -125,7 +128,7 @@ LEARNED = {"objective": "vlb", "timestep_sampler": "stratified"}
     ("spec", "values"),
     [
         (SPEC, {"precision": "float32"}),
-        (SPEC, {"precision": "bfloat16"}),
+        (SPEC, {"precision": "bfloat16", "horizontal_flip": 0.5, "shift": 2}),
         # of so few timesteps that their histories are full before the interruption
         (with_diffusion(schedule="cosine", timesteps=3, variance="learned_range"), HYBRID),
         (with_diffusion(schedule="learned", prediction="v"), LEARNED),
@@ -158,7 +161,7 @@ def test_k_and_k_resumed_steps_equal_2k_steps_bit_for_bit(
 
 
 TWO_RANKS = {
-    "simple": (SPEC, {}),
+    "simple": (SPEC, {"horizontal_flip": 0.5, "shift": 2}),
     "hybrid": (with_diffusion(schedule="cosine", timesteps=3, variance="learned_range"), HYBRID),
     "learned": (with_diffusion(schedule="learned"), LEARNED),
 }
@@ -213,20 +216,35 @@ def test_two_workers_train_the_model_that_one_trains(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_any_number_of_workers_draws_the_same_noise(world_size: int) -> None:
-    eps, drop_label = draw(7, 5, range(8), (1, 2, 2), 0.5)
+    eps = draw_noise(7, 5, range(8), (1, 2, 2))
     share = 8 // world_size
     parts = [
-        draw(7, 5, range(rank * share, (rank + 1) * share), (1, 2, 2), 0.5)
+        draw_noise(7, 5, range(rank * share, (rank + 1) * share), (1, 2, 2))
         for rank in range(world_size)
     ]
-    assert torch.equal(torch.cat([part[0] for part in parts]), eps)
-    assert torch.equal(torch.cat([part[1] for part in parts]), drop_label)
-    assert not torch.equal(draw(7, 6, range(8), (1, 2, 2), 0.5)[0], eps)
+    assert torch.equal(torch.cat(parts), eps)
+    assert not torch.equal(draw_noise(7, 6, range(8), (1, 2, 2)), eps)
 
 
-def test_label_dropout_has_the_stated_frequency() -> None:
-    _, drop_label = draw(0, 0, range(20_000), (1,), 0.25)
-    assert drop_label.double().mean().item() == pytest.approx(0.25, abs=0.015)
+def test_the_loop_says_how_long_it_waited_for_a_batch() -> None:
+    training = config(steps=3)
+    batches = Batches(images(training.batch_size))
+
+    def slowly() -> Iterator[Batch]:
+        for step, seconds in enumerate((0.0, 0.05, 0.0)):
+            time.sleep(seconds)
+            yield batches.at(step)
+
+    state = fresh(training)
+    schedule = make_schedule(SPEC.diffusion)
+    waited = [
+        record.waited
+        for record in train(
+            state, state.network, slowly(), SPEC.diffusion, schedule, training, 2, 3, CPU
+        )
+    ]
+    assert len(waited) == 3
+    assert waited[1] >= 0.05
 
 
 def test_ema_follows_its_closed_form() -> None:
@@ -381,6 +399,11 @@ def test_a_weighted_loss_is_the_weight_times_the_error() -> None:
         ({"min_snr_gamma": 3.0}, "min_snr_gamma=3.0 has no meaning for loss_weight=uniform"),
         ({"p2_k": 2.0, "loss_weight": "snr"}, "p2_k=2.0 has no meaning for loss_weight=snr"),
         ({"log_normal_mean": 0.0}, "has no meaning for timestep_sampler=uniform: drop it, or use"),
+        ({"shuffle_window": 64}, "shuffle_window=64 has no meaning for shuffle=full"),
+        (
+            {"shuffle": "windowed", "shuffle_window": 7},
+            "shuffle_window=7 must be at least batch_size=8",
+        ),
         ({"objective": "vlb", "loss_weight": "snr"}, "loss_weight=snr with objective=vlb"),
         (
             {"objective": "hybrid", "timestep_sampler": "log_normal"},

@@ -1,71 +1,121 @@
-"""The order in which training sees the images: a pure function of (seed, step).
+"""A rank's view of the batches: pixels and labels of a step, made ahead of the training loop.
 
-The epochs' permutations stand one after another as an endless list of positions, of which global
-batch s is the positions s·B .. (s+1)·B - 1. So every image comes once an epoch, the tail of an
-epoch is not dropped, any step is reached without replaying the ones before it, and the number of
-workers has no part in it: rank r of W takes the r-th of W equal slices of each global batch.
+Which images these are is the business of pipeline/data/order.py. All that is drawn belongs to
+(seed, step, row of the global batch), so the number of workers has no part in it.
 """
 
-import functools
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.shards import ImageSet
-from pipeline.seeding import key, permutation
+from pipeline.data.augment import UNCHANGED, Augmentation, augment
+from pipeline.data.order import global_batch
+from pipeline.seeding import key, uniform
 
 
-@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
-def _epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    return permutation(key(seed, "order", epoch), n)
+class Shuffle(Protocol):
+    """Images in an order."""
+
+    seed: int
+    batch_size: int
+
+    def read(self, step: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
+        """The images (b, H, W, C) uint8 and labels (b,) int64 of `rows` of global batch `step`."""
+
+    def close(self) -> None:
+        """Let go of what is held."""
 
 
-def global_batch(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
-    """The indices of the images of global batch `step` (from 0) over a set of n: (batch_size,)."""
-    position = step * batch_size + np.arange(batch_size)
-    epoch, offset = np.divmod(position, n)
-    orders = {e: _epoch_order(seed, int(e), n) for e in np.unique(epoch)}
-    return np.array([orders[e][o] for e, o in zip(epoch, offset, strict=True)])
+@dataclass
+class FullShuffle:
+    """Images (n, H, W, C) uint8 and labels (n,) int64 that can be read anywhere at once."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    seed: int
+    batch_size: int
+
+    def read(self, step: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
+        batch = global_batch(self.seed, step, self.batch_size, len(self.images))
+        mine = batch[rows.start : rows.stop]
+        return self.images[mine], self.labels[mine]
+
+    def close(self) -> None:
+        """Nothing is held but the arrays."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """A rank's share of a global batch of b = B/W rows."""
 
+    step: int
+    rows: range
+    """Which rows of the global batch these are; noise and timesteps are addressed by them."""
     pixels: Tensor
     """(b, H, W, C) uint8"""
     labels: Tensor
     """(b,) int64, NO_LABEL where there is none"""
-    rows: range
-    """Which rows of the global batch these are; noise and timesteps are addressed by them."""
+    drop_label: Tensor
+    """(b,) bool: trained without its label, for classifier-free guidance."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Rank `rank` of `world_size`'s view of the batches of an image set."""
+    """Rank `rank` of `world_size`'s view of the batches of a set of images."""
 
-    images: ImageSet
-    batch_size: int
-    seed: int
+    shuffle: Shuffle
     rank: int = 0
     world_size: int = 1
+    label_dropout: float = 0.0
+    augmentation: Augmentation = UNCHANGED
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.world_size:
+        if self.shuffle.batch_size % self.world_size:
             raise ValueError(
-                f"training.batch_size={self.batch_size} must be a multiple of "
+                f"training.batch_size={self.shuffle.batch_size} must be a multiple of "
                 f"cluster.workers={self.world_size}, so that every worker has the same share"
             )
 
     def at(self, step: int) -> Batch:
-        share = self.batch_size // self.world_size
+        """The batch of any step, from 0."""
+        seed, batch_size = self.shuffle.seed, self.shuffle.batch_size
+        share = batch_size // self.world_size
         rows = range(self.rank * share, (self.rank + 1) * share)
-        indices = global_batch(self.seed, step, self.batch_size, len(self.images))
-        mine = indices[rows.start : rows.stop]
-        return Batch(
-            torch.from_numpy(self.images.images[mine]),
-            torch.from_numpy(self.images.labels[mine]),
-            rows,
-        )
+        images, labels = self.shuffle.read(step, rows)
+        images = augment(images, self.augmentation, seed, step, batch_size, rows)
+        drop_label = drop_labels(seed, step, rows, self.label_dropout)
+        return Batch(step, rows, torch.from_numpy(images), torch.from_numpy(labels), drop_label)
+
+
+def drop_labels(seed: int, step: int, rows: range, label_dropout: float) -> Tensor:
+    """Which of these rows are trained without their label: (b,) bool."""
+    if not label_dropout:
+        return torch.zeros(len(rows), dtype=torch.bool)
+    draws = [uniform(key(seed, "label_dropout", step, row)) for row in rows]
+    return torch.tensor(draws, dtype=torch.float64) < label_dropout
+
+
+def prefetch(
+    batches: Batches, start: int, stop: int, depth: int = 4
+) -> Generator[Batch, None, None]:
+    """The batches of steps start .. stop - 1, up to `depth` of them made ahead by a thread.
+
+    Whatever goes wrong in the thread is raised here, at the batch that it concerns. The thread is
+    gone when the iterator is at its end or closed.
+    """
+    ahead: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(1, "batches") as thread:
+        try:
+            for step in range(start, stop + depth):
+                if step < stop:
+                    ahead.append(thread.submit(batches.at, step))
+                if step >= start + depth:
+                    yield ahead.popleft().result()
+        finally:
+            thread.shutdown(cancel_futures=True)

@@ -1,46 +1,78 @@
-"""Where images come from: what there is, with a content hash each, and how to read it.
+"""Where images come from: what there is, with a hash of each, and how to read it.
 
-A source is scanned once, on the driver, into items in a stable order; the items are cut into input
-shards, and each shard is read by whoever preprocesses it. The scan remembers the hash of a file by
-its size and modification time, so that a second run does not read everything again.
+A source is scanned once, on the driver: its files are listed, and each is looked into by its
+format. What was found in a file is kept in the storage under the file's name, size and time, so a
+second scan only lists. The images, in the order in which they lie in their files, are then cut
+into input shards, each of which is read by whoever preprocesses it.
 """
 
-import contextlib
-import functools
 import hashlib
+import io
+import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import IO, Annotated, Any, Literal
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from fsspec.core import url_to_fs
-from pydantic import BaseModel, Field, field_validator
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from pipeline import storage
+from pipeline.data.formats import arrays, cifar, digits, idx, loose, parquet, tar_files, zip_files
+from pipeline.data.formats.common import IMAGE_SUFFIXES, Member, Place
+from pipeline.data.labels import Label, find_label, read_labels
+from pipeline.data.listing import BUILTIN, ListedFile, list_files
 from pipeline.errors import DataError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MAX_SHARD_BYTES = 2**30
+"""Decoded pixels that a task may hold; encoding them takes as much again, and half of it."""
 
 
 class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Which images, and the form in which they are stored."""
 
     source: str = Field(min_length=1)
-    """`builtin:digits`; a folder (path or fsspec URI), whose sub-folders are the classes; or
-    `idx:FOLDER`, where an MNIST-like set lies in IDX files."""
+    """A folder, an archive, or a glob of either, as a path or fsspec URI; or `builtin:digits`.
+    Each file is read as what its name says: see FORMATS."""
+    labels: str | None = None
+    """A .csv, .tsv, .json or .jsonl file with the label of each image, in place of the source's
+    own."""
     class_names: Annotated[tuple[str, ...], Field(strict=False)] | None = None
-    """In place of the source's own names, in the order of the labels: IDX files hold no names."""
+    """In place of the source's own names, in the order of the labels: numbers have no names."""
     image_size: int = Field(ge=4, le=4096)
-    """Height and width in pixels: the shortest side is resized to it, the centre is cropped."""
+    """Height and width in pixels."""
     channels: Literal[1, 3]
     """1 for grey, 3 for RGB."""
+    resize: Literal["crop", "exact"] = "crop"
+    """crop: the shortest side is resized to image_size, the centre kept. exact: both sides are."""
+    min_size: int = Field(default=0, ge=0)
+    """Images with a shorter side than so many pixels are left out."""
+    max_aspect: float = Field(default=100.0, ge=1.0, allow_inf_nan=False)
+    """Images whose longer side is more than so many times the shorter are left out."""
+    drop_duplicates: bool = True
+    """Of images of the same content only the first is kept."""
+    encoding: Literal["raw", "png"] = "raw"
+    """How the parts hold the pixels: raw is read fastest, png is smaller and an Image to others."""
     holdout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Share of the images that training never sees, chosen by the hash of their key."""
     max_bad_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
     """More undecodable images than this share stop the stage."""
     images_per_shard: int = Field(default=512, ge=1)
+    """On average; a shard has between half and twice as many."""
+
+    @model_validator(mode="after")
+    def _a_shard_fits_in_memory(self) -> "DataConfig":
+        largest = MAX_SHARD_BYTES // (2 * self.image_size**2 * self.channels)
+        if self.images_per_shard > max(1, largest):
+            raise ValueError(
+                f"images_per_shard={self.images_per_shard} images of {self.image_size} pixels a "
+                f"side are too much for the memory of one task: use at most {max(1, largest)}"
+            )
+        return self
 
     @field_validator("class_names")
     @classmethod
@@ -50,21 +82,43 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return names
 
 
-BUILTIN, IDX = "builtin:", "idx:"
-"""What a source that is no folder of images begins with."""
+def format_of(name: str) -> ModuleType | None:
+    """The module of `pipeline.data.formats` that reads a file of this name, if there is one."""
+    low = name.lower()
+    if low.endswith(IMAGE_SUFFIXES):
+        return loose
+    if idx.is_images(low):
+        return idx
+    return next((module for suffixes, module in FORMATS if low.endswith(suffixes)), None)
 
-UNREADABLE = "unreadable"
-"""In place of the hash of a file that cannot be read."""
 
+FORMATS: tuple[tuple[tuple[str, ...], ModuleType], ...] = (
+    ((".tar", ".tar.gz", ".tgz"), tar_files),
+    ((".zip",), zip_files),
+    ((".parquet",), parquet),
+    ((".npy", ".npz"), arrays),
+    ((".bin",), cifar),
+    (("digits",), digits),
+)
+"""By the end of a file's name; besides, image files and IDX files, whose names are known whole."""
 
-@dataclass(frozen=True)
-class Item:
-    """One image of a source, not yet read."""
+MAX_CLASSES = 2**20
+LOOSE_FILES_PER_PIECE = 1024
+PIECE_FORMAT = 1
+"""Raised when the formats find something else in the same files."""
 
-    key: str
-    """Its path within the source; the lineage of a training image ends here."""
-    label: int | None
-    sha256: str
+ITEMS = pa.schema(
+    [
+        ("key", pa.string()),  # where the lineage of a training image ends
+        ("file", pa.string()),
+        ("where", pa.list_(pa.int64())),  # in that file, as its format means it
+        ("number", pa.int64()),  # the label, if it is a number
+        ("name", pa.string()),  # the label, if it is the name of a class
+        ("digest", pa.string()),  # of the content, empty if it cannot be read
+        ("bad", pa.string()),  # why it cannot be used, if that is known already
+    ]
+)
+"""The images of a source, unread; after the scan, `number` is the final label of each."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +126,14 @@ class Source:
     """What a scan found."""
 
     uri: str
+    place: Place
     class_names: list[str]
-    items: list[Item]
-
-    def fingerprint(self) -> list[tuple[str, int | None, str]]:
-        """What the images are, whatever the place they lie in or the time they were written."""
-        return [(item.key, item.label, item.sha256) for item in self.items]
+    items: pa.Table
+    """ITEMS, archives before image files, in the order of their names and of what is in them."""
+    duplicates: list[tuple[str, str]]
+    """(key, key of the image that was kept)."""
+    fingerprint: str
+    """What the images are, whatever the place they lie in or the time they were written."""
 
 
 @dataclass(frozen=True)
@@ -86,269 +142,319 @@ class InputShard:
 
     index: int
     source: str
-    items: list[Item]
+    place: Place
+    items: pa.Table
 
 
-FileIndex = dict[str, tuple[int, str, str]]
-"""key -> (size, modification mark, sha256) of the files of a source, as of the last scan."""
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image of a shard."""
 
-
-def absolute(source: str) -> str:
-    """The source with a local path made absolute: Ray's workers run in folders of their own."""
-    if source.startswith(BUILTIN):
-        return source
-    if source.startswith(IDX):
-        return IDX + storage.absolute(source.removeprefix(IDX))
-    return storage.absolute(source)
+    key: str
+    label: int | None
+    digest: str
+    bad: str
 
 
 def scan(
-    source: str, index: FileIndex | None = None, class_names: Sequence[str] | None = None
-) -> tuple[Source, FileIndex]:
-    """List a source's images with their labels and hashes, in the order of their keys.
+    config: DataConfig,
+    index_folder: str | None = None,
+    remember: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Source:
+    """List a source's images with their labels and hashes.
 
     Args:
-        index: the result of an earlier scan; files whose size and modification mark stand in it
-            are not read again.
-        class_names: in place of the source's own.
+        index_folder: URI of a folder with what earlier scans found in files; they are not read
+            again while their size and modification mark are the same.
+        remember: add to that folder.
+        progress: called with the number of files looked into, and of all.
 
     Raises:
-        DataError: the source is missing, damaged, empty, or holds no image; or it has another
-            number of classes than `class_names`.
+        DataError: the source is missing, damaged or holds no image; or its labels do not fit.
     """
-    entries: FileIndex = {}
-    if source.startswith(BUILTIN):
-        found = _scan_builtin(source)
-    elif source.startswith(IDX):
-        found = _scan_idx(source)
-    else:
-        found, entries = _scan_folder(source, index or {})
-    if class_names is None:
-        return found, entries
-    if len(class_names) != len(found.class_names):
+    place, files = list_files(config.source)
+    pieces = _pieces(place, files)
+    if not pieces:
         raise DataError(
-            f"data.class_names has {len(class_names)} names, but data.source={source!r} has "
-            f"{len(found.class_names)} classes: give one name a class, in the order of the labels"
+            f"data.source={config.source!r} holds no image ({len(files)} files looked at; images "
+            f"end in {', '.join(IMAGE_SUFFIXES)}, archives and arrays in "
+            f"{', '.join(suffix for suffixes, _ in FORMATS[:-1] for suffix in suffixes)})"
         )
-    return replace(found, class_names=list(class_names)), entries
+
+    def look(piece: _Piece) -> pa.Table:
+        if index_folder is None or place.uri == BUILTIN:
+            return _index(place, piece)
+        uri = storage.join(index_folder, f"{piece.digest}.parquet")
+        known = _read_piece(uri)
+        if known is not None:
+            return known
+        found = _index(place, piece)
+        if remember:
+            sink = io.BytesIO()
+            pq.write_table(found, sink, compression="zstd")
+            storage.write_bytes(uri, sink.getvalue())
+        return found
+
+    tables, done = [], 0
+    num_files = sum(len(piece.files) for piece in pieces)
+    progress(0, num_files)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for piece, table in zip(pieces, pool.map(look, pieces), strict=True):
+            tables.append(table)
+            done += len(piece.files)
+            progress(done, num_files)
+    items = pa.concat_tables(tables)
+    if not items.num_rows:
+        raise DataError(f"data.source={config.source!r} holds no image: its files are empty")
+    items, class_names = _with_labels(config, items)
+    kept, duplicates = _without_duplicates(items) if config.drop_duplicates else (items, [])
+    return Source(
+        config.source, place, class_names, kept, duplicates, _fingerprint(items, class_names)
+    )
+
+
+# --- looking into files -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Files that are looked into together: one archive, or many image files."""
+
+    format: ModuleType
+    files: Sequence[ListedFile]
+    digest: str
+
+
+def _pieces(place: Place, files: list[ListedFile]) -> list[_Piece]:
+    images, pieces = [], []
+    for file in files:
+        module = format_of(file.name)
+        if module is loose:
+            images.append(file)
+        elif module is not None:
+            # such as the labels or the names of classes that lie beside it
+            folder = file.name.rpartition("/")[0]
+            beside = [
+                other
+                for other in files
+                if other.name.rpartition("/")[0] == folder and format_of(other.name) is None
+            ]
+            pieces.append(_piece(place, module, [file], beside if module in (idx, cifar) else []))
+    for run in _cut([file.name for file in images], LOOSE_FILES_PER_PIECE):
+        pieces.append(_piece(place, loose, images[run.start : run.stop], []))
+    return pieces
+
+
+def _piece(
+    place: Place, module: ModuleType, files: list[ListedFile], beside: list[ListedFile]
+) -> _Piece:
+    marks = [(file.name, file.size, file.mark) for file in (*files, *beside)]
+    return _Piece(module, files, storage.digest([PIECE_FORMAT, module.__name__, place.uri, marks]))
+
+
+def _read_piece(uri: str) -> pa.Table | None:
+    try:
+        table = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None
+    return table if table.schema.equals(ITEMS) else None
+
+
+def _index(place: Place, piece: _Piece) -> pa.Table:
+    """ITEMS of the piece's files."""
+    rows: list[tuple[str, str, Member]] = []
+    for file in piece.files:
+        if piece.format is loose and file.etag:  # the store has hashed it already
+            rows.append((file.name, file.name, Member("", _folder(file.name), f"etag:{file.etag}")))
+            continue
+        try:
+            for member in piece.format.index(place, file.name):
+                rows.append((_key(piece.format, file.name, member), file.name, member))
+        except DataError:
+            raise
+        except Exception as error:  # whatever the package of that scheme raises
+            raise place.error(
+                file.name, f"cannot be read: {error}; run the same command again"
+            ) from error
+    labels = [_folder(name) if piece.format is loose else member.label for _, name, member in rows]
+    return pa.table(
+        [
+            [key for key, _, _ in rows],
+            [name for _, name, _ in rows],
+            [list(member.where) for _, _, member in rows],
+            [label if isinstance(label, int) else None for label in labels],
+            [label if isinstance(label, str) else None for label in labels],
+            [member.digest for _, _, member in rows],
+            [member.bad for _, _, member in rows],
+        ],
+        schema=ITEMS,
+    )
+
+
+def _key(module: ModuleType, file: str, member: Member) -> str:
+    stem = idx.stem(file) if module is idx else file
+    return f"{stem}/{member.name}" if member.name else stem
+
+
+def _folder(name: str) -> str | None:
+    """The class of an image file: the first folder of its path."""
+    return name.split("/", 1)[0] if "/" in name else None
+
+
+# --- labels, duplicates, identity ---------------------------------------------------------------
+
+
+def _with_labels(config: DataConfig, items: pa.Table) -> tuple[pa.Table, list[str]]:
+    """The items with their final labels in `number`, and the names of the classes."""
+    numbers, names = items["number"].to_pylist(), items["name"].to_pylist()
+    if config.labels is not None:
+        given = read_labels(config.labels)
+        found: list[Label | None] = [find_label(given, key) for key in items["key"].to_pylist()]
+        if all(label is None for label in found):
+            raise DataError(
+                f"data.labels={config.labels!r} names none of the images of data.source="
+                f"{config.source!r}: it has {next(iter(given))!r}, the source "
+                f"{items['key'][0].as_py()!r}"
+            )
+        numbers = [label if isinstance(label, int) else None for label in found]
+        names = [label if isinstance(label, str) else None for label in found]
+
+    of_names = sorted({name for name in names if name is not None})
+    of_numbers = {number for number in numbers if number is not None}
+    if of_names and of_numbers:
+        raise DataError(
+            f"data.source={config.source!r} has both names of classes, such as {of_names[0]!r}, "
+            f"and numbers, such as {min(of_numbers)}, as labels: give all of them in data.labels"
+        )
+    if wrong := {number for number in of_numbers if not 0 <= number < MAX_CLASSES}:
+        raise DataError(
+            f"data.source={config.source!r} has the label {min(wrong)}: labels are numbers from 0 "
+            f"to {MAX_CLASSES - 1:,}, one after the other"
+        )
+    class_names = of_names
+    if of_numbers:
+        class_names = [str(number) for number in range(max(of_numbers) + 1)]
+    else:
+        place = {name: i for i, name in enumerate(of_names)}
+        numbers = [None if name is None else place[name] for name in names]
+    if config.class_names is not None:
+        if len(config.class_names) != len(class_names):
+            raise DataError(
+                f"data.class_names has {len(config.class_names)} names, but data.source="
+                f"{config.source!r} has {len(class_names)} classes: give one name a class, in the "
+                "order of the labels"
+            )
+        class_names = list(config.class_names)
+    column = pa.array(numbers, pa.int64())
+    return items.set_column(items.schema.get_field_index("number"), "number", column), class_names
+
+
+def _without_duplicates(items: pa.Table) -> tuple[pa.Table, list[tuple[str, str]]]:
+    """The first of each content, and which were dropped for which."""
+    digest = items["digest"].to_numpy()
+    _, first, group = np.unique(digest, return_index=True, return_inverse=True)
+    keeper = first[group]  # the row that each row is a copy of
+    row = np.arange(len(digest))
+    dropped = (keeper != row) & (digest != "")
+    if not dropped.any():
+        return items, []
+    keys = items["key"]
+    duplicates = list(
+        zip(
+            keys.filter(pa.array(dropped)).to_pylist(),
+            keys.take(pa.array(keeper[dropped])).to_pylist(),
+            strict=True,
+        )
+    )
+    return items.filter(pa.array(~dropped)), duplicates
+
+
+def _fingerprint(items: pa.Table, class_names: list[str]) -> str:
+    found = hashlib.sha256(storage.canonical_json(class_names).encode())
+    columns = (items[name].to_pylist() for name in ("key", "number", "digest", "bad"))
+    for row in zip(*columns, strict=True):
+        found.update(repr(row).encode())
+    return found.hexdigest()
+
+
+# --- input shards -------------------------------------------------------------------------------
 
 
 def cut(source: Source, images_per_shard: int) -> list[InputShard]:
-    """The source's items in runs of `images_per_shard`."""
-    starts = range(0, len(source.items), images_per_shard)
+    """The source's items in runs of `images_per_shard` on average, from half to twice as many.
+
+    A run ends at a key whose hash says so, so images that come or go change the runs they are in,
+    and no run far from them.
+    """
+    keys = source.items["key"].to_pylist()
     return [
-        InputShard(i, source.uri, source.items[start : start + images_per_shard])
-        for i, start in enumerate(starts)
+        InputShard(i, source.uri, source.place, source.items.slice(run.start, len(run)))
+        for i, run in enumerate(_cut(keys, images_per_shard))
     ]
+
+
+def _cut(keys: list[str], mean: int) -> Iterator[range]:
+    least, most = max(1, mean // 2), 2 * mean
+    start = 0
+    for i, key in enumerate(keys):
+        length = i + 1 - start
+        # beyond the least, the chance of an end is such that the mean length is `mean`
+        is_end = zlib.crc32(key.encode()) % (mean - least + 1) == 0
+        if length == most or (length >= least and is_end):
+            yield range(start, i + 1)
+            start = i + 1
+    if start < len(keys):
+        yield range(start, len(keys))
 
 
 def read(shard: InputShard) -> Iterator[tuple[Item, bytes | np.ndarray | None]]:
     """Each item of a shard with its content: an encoded file, or (H, W, C) uint8 pixels.
 
-    A file that cannot be read comes as None.
+    What is known to be bad comes as None.
 
     Raises:
-        DataError: a file is not what the scan found.
+        DataError: a file is not what the scan found, or cannot be read now.
     """
-    if shard.source.startswith(BUILTIN):
-        pixels, _ = _digits()
-        for item in shard.items:
-            yield item, pixels[_number(item)]
-        return
-    if shard.source.startswith(IDX):
-        yield from _read_idx(shard)
-        return
-    fs, root = url_to_fs(shard.source)
-    for item in shard.items:
-        raw = _read_file(fs, f"{root.rstrip('/')}/{item.key}")
-        if (UNREADABLE if raw is None else hashlib.sha256(raw).hexdigest()) != item.sha256:
-            raise _changed(shard, item)
+    rows = shard.items.to_pylist()
+    contents = _contents(shard.place, [row for row in rows if not row["bad"]])
+    for row in rows:
+        item = Item(row["key"], row["number"], row["digest"], row["bad"])
+        if item.bad:
+            yield item, None
+            continue
+        try:
+            raw = next(contents)
+        except (FileNotFoundError, StopIteration):
+            raw = b""
+        except DataError:
+            raise
+        except Exception as error:  # whatever the package of that scheme raises
+            raise shard.place.error(
+                row["file"], f"cannot be read: {error}; run the same command again"
+            ) from error
+        if not _is_same(raw, item.digest, shard.place, row["file"]):
+            raise DataError(
+                f"data.source={shard.source!r}: the image {item.key!r} changed while the source "
+                "was being read; run the same command again"
+            )
         yield item, raw
 
 
-def _changed(shard: InputShard, item: Item) -> DataError:
-    return DataError(
-        f"data.source={shard.source!r}: the image {item.key!r} changed while the source was being "
-        "read; run the same command again"
-    )
+def _contents(place: Place, rows: list[dict[str, Any]]) -> Iterator[bytes | np.ndarray]:
+    for module, run in itertools.groupby(rows, key=lambda row: format_of(row["file"])):
+        if module is loose:
+            yield from place.read_many([row["file"] for row in run])
+            continue
+        assert module is not None  # the scan read it
+        for file, members in itertools.groupby(run, key=lambda row: row["file"]):
+            yield from module.read(place, file, [tuple(row["where"]) for row in members])
 
 
-def _number(item: Item) -> int:
-    """12 of `train/00012`."""
-    return int(item.key.rsplit("/", 1)[1])
-
-
-def _read_file(fs: Any, path: str) -> bytes | None:
-    try:
-        data: bytes = fs.cat_file(path)
-    except OSError:  # a dangling link, no permission
-        return None
-    return data
-
-
-# --- builtin:digits -----------------------------------------------------------------------------
-
-
-@functools.cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """The 1,797 handwritten digits of scikit-learn (UCI optdigits): (N, 8, 8, 1) uint8, (N,)."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # 0..16 -> 0..255
-    return pixels, bunch.target
-
-
-def _scan_builtin(source: str) -> Source:
-    if source != "builtin:digits":
-        raise DataError(f"data.source={source!r} is not a builtin source; there is builtin:digits")
-    pixels, labels = _digits()
-    items = [
-        Item(f"digits/{i:04d}", int(label), hashlib.sha256(image.tobytes()).hexdigest())
-        for i, (image, label) in enumerate(zip(pixels, labels, strict=True))
-    ]
-    return Source(source, [str(digit) for digit in range(10)], items)
-
-
-# --- idx:FOLDER -------------------------------------------------------------------------------
-
-IDX_IMAGES, IDX_LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
-"""The training files of MNIST, Fashion-MNIST, KMNIST ..., each as it is or with .gz.
-
-An IDX file is the bytes 0, 0, 8 (for unsigned bytes) and the number of axes, the length of each
-axis as a big-endian 32-bit integer, and the values (LeCun's page of MNIST).
-"""
-
-
-def _scan_idx(source: str) -> Source:
-    pixels = _idx_values(source, IDX_IMAGES, 3)  # (N, H, W)
-    labels = _idx_values(source, IDX_LABELS, 1)  # (N,)
-    if not pixels.size:
-        raise DataError(
-            f"data.source={source!r} holds no image: {IDX_IMAGES} has the shape {pixels.shape}"
-        )
-    if len(pixels) != len(labels):
-        raise DataError(
-            f"data.source={source!r} has {len(pixels)} images in {IDX_IMAGES} but {len(labels)} "
-            f"labels in {IDX_LABELS}: the two files do not belong together"
-        )
-    items = [
-        Item(f"train/{i:05d}", int(label), hashlib.sha256(image).hexdigest())
-        for i, (image, label) in enumerate(zip(pixels, labels, strict=True))
-    ]
-    return Source(source, [str(label) for label in range(int(labels.max()) + 1)], items)
-
-
-def _read_idx(shard: InputShard) -> Iterator[tuple[Item, np.ndarray]]:
-    """The images of a shard alone; what lies before them in a .gz is decompressed and dropped."""
-    with _open_idx(shard.source, IDX_IMAGES) as file:
-        _, height, width = _idx_shape(shard.source, IDX_IMAGES, file, 3)
-        begin, size = file.tell(), height * width
-        for item in shard.items:
-            file.seek(begin + _number(item) * size)
-            raw = file.read(size)
-            if hashlib.sha256(raw).hexdigest() != item.sha256:
-                raise _changed(shard, item)
-            yield item, np.frombuffer(raw, np.uint8).reshape(height, width, 1)
-
-
-def _idx_values(source: str, name: str, ndim: int) -> np.ndarray:
-    with _open_idx(source, name) as file:
-        shape = _idx_shape(source, name, file, ndim)
-        values = np.frombuffer(file.read(), np.uint8)
-    size = int(np.prod(shape, dtype=object))
-    if len(values) != size:
-        raise DataError(
-            f"data.source={source!r}: {name} holds {len(values)} bytes after its header, which "
-            f"announces {size} ({' x '.join(map(str, shape))}): it is truncated or damaged"
-        )
-    return values.reshape(shape)
-
-
-def _idx_shape(source: str, name: str, file: IO[bytes], ndim: int) -> tuple[int, ...]:
-    magic, wanted = file.read(4), bytes([0, 0, 8, ndim])
-    if magic != wanted:
-        raise DataError(
-            f"data.source={source!r}: {name} begins with the bytes {magic.hex(' ') or 'none'}, an "
-            f"IDX file of unsigned bytes with {ndim} axes begins with {wanted.hex(' ')}"
-        )
-    sizes = file.read(4 * ndim)
-    if len(sizes) < 4 * ndim:
-        raise DataError(f"data.source={source!r}: {name} ends within its header: it is truncated")
-    return tuple(int(size) for size in np.frombuffer(sizes, ">u4"))
-
-
-@contextlib.contextmanager
-def _open_idx(source: str, name: str) -> Iterator[IO[bytes]]:
-    """The file of that name in the folder, with or without .gz; what goes wrong is a DataError."""
-    try:
-        fs, root = url_to_fs(source.removeprefix(IDX))
-        path = f"{root.rstrip('/')}/{name}"
-        there = [p for p in (path, f"{path}.gz") if fs.exists(p)]
-        if not there:
-            raise DataError(
-                f"data.source={source!r}: there is no {name} or {name}.gz in that folder; idx: "
-                f"reads {IDX_IMAGES} and {IDX_LABELS}, as MNIST names them"
-            )
-        with fs.open(there[0], "rb", compression="infer") as file:
-            yield file
-    except DataError:
-        raise
-    except (EOFError, zlib.error) as error:  # gzip's own; the rest is the file system's
-        raise DataError(
-            f"data.source={source!r}: {name}.gz is truncated or damaged ({error})"
-        ) from error
-    except Exception as error:  # whatever the package of that scheme raises
-        raise DataError(f"data.source={source!r}: {name} cannot be read: {error}") from error
-
-
-# --- a folder of image files --------------------------------------------------------------------
-
-
-def _scan_folder(source: str, index: FileIndex) -> tuple[Source, FileIndex]:
-    try:
-        fs, root = url_to_fs(source)
-        if not fs.exists(root):
-            raise DataError(
-                f"data.source={source!r} does not exist: give a folder of images, idx:FOLDER, or "
-                "builtin:digits"
-            )
-        if fs.isfile(root):
-            raise DataError(f"data.source={source!r} is a file: give a folder of images")
-        found: dict[str, dict[str, Any]] = fs.find(root, detail=True)
-    except DataError:
-        raise
-    except Exception as error:  # whatever the package of that scheme raises
-        raise DataError(f"data.source={source!r} cannot be read: {error}") from error
-
-    root = root.rstrip("/")
-    files = {path[len(root) + 1 :]: info for path, info in found.items()}
-    keys = sorted(key for key in files if _is_image_name(key))
-    if not keys:
-        raise DataError(
-            f"data.source={source!r} holds no image ({len(files)} files looked at; images end in "
-            f"{', '.join(IMAGE_SUFFIXES)})"
-        )
-
-    def entry(key: str) -> tuple[int, str, str]:
-        info = files[key]
-        size = int(info["size"] or 0)
-        mark = str(info.get("ETag") or info.get("mtime") or info.get("LastModified"))
-        known = index.get(key)
-        if known is not None and tuple(known[:2]) == (size, mark):
-            return size, mark, known[2]
-        raw = _read_file(fs, f"{root}/{key}")
-        return size, mark, UNREADABLE if raw is None else hashlib.sha256(raw).hexdigest()
-
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        entries = dict(zip(keys, pool.map(entry, keys), strict=True))
-
-    class_names = sorted({key.split("/", 1)[0] for key in keys if "/" in key})
-    label = {name: i for i, name in enumerate(class_names)}
-    items = [Item(key, label.get(key.split("/", 1)[0]), entries[key][2]) for key in keys]
-    return Source(source, class_names, items), entries
-
-
-def _is_image_name(key: str) -> bool:
-    hidden = any(part.startswith(".") for part in key.split("/"))
-    return key.lower().endswith(IMAGE_SUFFIXES) and not hidden
+def _is_same(raw: bytes | np.ndarray, digest: str, place: Place, file: str) -> bool:
+    content = raw if isinstance(raw, bytes) else np.ascontiguousarray(raw).data
+    if not digest.startswith("etag:"):
+        return hashlib.sha256(content).hexdigest() == digest
+    etag = digest.removeprefix("etag:")
+    # usually an MD5; what else it may be only the store knows
+    return hashlib.md5(content).hexdigest() == etag or place.etag(file) == etag

@@ -7,6 +7,7 @@ Shapes: b the rows of this rank, C channels, H×W pixels.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,8 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from pipeline.data.batches import Batch, Batches
+from pipeline.data.augment import Augmentation
+from pipeline.data.batches import Batch
 from pipeline.data.images import to_unit
 from pipeline.data.shards import NO_LABEL
 from pipeline.diffusion.elbo import (
@@ -30,7 +32,7 @@ from pipeline.diffusion.losses import LossWeight, loss_weight, simple_loss
 from pipeline.diffusion.parameterisation import eps_from, network_input, target, x_0_from
 from pipeline.diffusion.schedules import DiffusionConfig, Schedule
 from pipeline.networks.monotone import LearnedSchedule, ScheduledNetwork
-from pipeline.seeding import key, normal, uniform
+from pipeline.seeding import key, normal
 from pipeline.training import parallel
 from pipeline.training.ema import Ema
 from pipeline.training.timesteps import LossHistory, TimestepSampler, draw_timesteps
@@ -42,8 +44,10 @@ OWNERS = {
     "sigmoid_bias": ("loss_weight", "sigmoid"),
     "log_normal_mean": ("timestep_sampler", "log_normal"),
     "log_normal_std": ("timestep_sampler", "log_normal"),
+    "shuffle_window": ("shuffle", "windowed"),
+    "shuffle_lanes": ("shuffle", "windowed"),
 }
-"""Settings that only one weight or sampler has."""
+"""Settings that only one weight, sampler or order has."""
 
 
 class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -79,6 +83,22 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """bfloat16: autocast in the network; weights, EMA, noising and loss stay float32."""
     label_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of the rows trained with the null label, for classifier-free guidance."""
+    shuffle: Literal["full", "windowed"] = "full"
+    """full: any image may come next, so the decoded images must fit on a node's disk, and better in
+    its memory. windowed: images are read by row group and shuffled within windows, so the data may
+    have any size."""
+    shuffle_window: int = Field(default=16384, ge=1)
+    """Images, of all workers together, that a batch is drawn from; the workers together hold about
+    twice as many."""
+    shuffle_lanes: int = Field(default=8, ge=1)
+    """At how many places of the data a batch is read at once. With as many workers or fewer, each
+    reads its own part of the data."""
+    horizontal_flip: float = Field(default=0.0, ge=0, le=1)
+    """Probability that an image is shown left for right."""
+    vertical_flip: float = Field(default=0.0, ge=0, le=1)
+    """Probability that an image is shown top for bottom."""
+    shift: int = Field(default=0, ge=0)
+    """By how many pixels an image is moved along each axis at most; its edges are reflected."""
     log_every: int = Field(default=50, ge=1)
     checkpoint_every: int = Field(default=1000, ge=1)
     keep_checkpoints: int = Field(default=3, ge=1)
@@ -91,6 +111,19 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError(
                 f"checkpoint_every={self.checkpoint_every} must be a multiple of "
                 f"log_every={self.log_every}"
+            )
+        return self
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return Augmentation(self.horizontal_flip, self.vertical_flip, self.shift)
+
+    @model_validator(mode="after")
+    def _a_window_holds_a_batch(self) -> "TrainingConfig":
+        if self.shuffle == "windowed" and self.shuffle_window < self.batch_size:
+            raise ValueError(
+                f"shuffle_window={self.shuffle_window} must be at least "
+                f"batch_size={self.batch_size}, and better many times as large"
             )
         return self
 
@@ -180,11 +213,15 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One finished step: its number from 1, this rank's mean loss on its device, the rate used."""
+    """One finished step."""
 
     step: int
+    """From 1."""
     loss: Tensor
+    """This rank's mean, on its device."""
     lr: float
+    waited: float
+    """Seconds until there was a batch."""
 
 
 def make_state(network: nn.Module, config: TrainingConfig, timesteps: int) -> TrainState:
@@ -216,7 +253,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
 def train(
     state: TrainState,
     forward: nn.Module,
-    batches: Batches,
+    batches: Iterator[Batch],
     diffusion: DiffusionConfig,
     schedule: Schedule | None,
     config: TrainingConfig,
@@ -227,6 +264,7 @@ def train(
     """Train from state.step to config.steps; after each yield `state` is that of a finished step.
 
     Args:
+        batches: this rank's, from step state.step on.
         forward: what computes the network and reduces gradients over the ranks: state.network
             itself, or its DistributedDataParallel wrapping.
         schedule: None if it is learned, beside the network.
@@ -241,7 +279,10 @@ def train(
 
     while state.step < config.steps:
         step = state.step
-        batch = batches.at(step)
+        began = time.monotonic()
+        batch = next(batches)
+        waited = time.monotonic() - began
+        assert batch.step == step
         t, weight = draw_timesteps(
             config.timestep_sampler,
             seed,
@@ -253,7 +294,7 @@ def train(
             state.losses,
             (config.log_normal_mean, config.log_normal_std),
         )
-        rows = _rows(batch, t, step, config, num_classes, seed, device)
+        rows = _rows(batch, t, num_classes, seed, device)
         if isinstance(state.network, ScheduledNetwork):
             losses = learned_schedule_loss(network, rows, diffusion, state.network.schedule)
         else:
@@ -273,7 +314,7 @@ def train(
         state.optimizer.step()
         state.ema.update(state.network, step)
         state.step += 1
-        yield StepRecord(state.step, mean.detach(), lr)
+        yield StepRecord(state.step, mean.detach(), lr, waited)
 
 
 @dataclass(frozen=True)
@@ -290,35 +331,20 @@ class Rows:
     """(b,) int64"""
 
 
-def _rows(
-    batch: Batch,
-    t: Tensor,
-    step: int,
-    config: TrainingConfig,
-    num_classes: int,
-    seed: int,
-    device: torch.device,
-) -> Rows:
+def _rows(batch: Batch, t: Tensor, num_classes: int, seed: int, device: torch.device) -> Rows:
     _b, H, W, C = batch.pixels.shape
-    eps, drop_label = draw(seed, step, batch.rows, (C, H, W), config.label_dropout)
+    eps = draw_noise(seed, batch.step, batch.rows, (C, H, W))
     x_0 = to_unit(batch.pixels.to(device, non_blocking=True))
     label = None
     if num_classes:
-        null = drop_label | (batch.labels == NO_LABEL)
+        null = batch.drop_label | (batch.labels == NO_LABEL)
         label = batch.labels.masked_fill(null, num_classes).to(device, non_blocking=True)
     return Rows(x_0, eps.to(device, non_blocking=True), t, label)
 
 
-def draw(
-    seed: int, step: int, rows: range, shape: tuple[int, ...], label_dropout: float
-) -> tuple[Tensor, Tensor]:
-    """The noise (b, *shape) of rows of global batch `step`, and whose label is dropped (b,).
-
-    The same whichever rank asks for them.
-    """
-    drop = [uniform(key(seed, "label_dropout", step, row)) < label_dropout for row in rows]
-    eps = normal([key(seed, "noise", step, row) for row in rows], shape)
-    return eps, torch.tensor(drop)
+def draw_noise(seed: int, step: int, rows: range, shape: tuple[int, ...]) -> Tensor:
+    """The noise (b, *shape) of rows of global batch `step`; the same whichever rank asks for it."""
+    return normal([key(seed, "noise", step, row) for row in rows], shape)
 
 
 Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -1,0 +1,106 @@
+"""The files of a source: what a path, a glob or an fsspec URI stands for."""
+
+import uuid
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline import storage
+from pipeline.data.formats.common import Place
+from pipeline.errors import DataError
+
+BUILTIN = "builtin:"
+"""What a source that is part of a package begins with."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListedFile:
+    """A file as a listing shows it, unread."""
+
+    name: str
+    """Its path within the source."""
+    size: int
+    mark: str
+    """Something that changes when the file does: its ETag or its time of modification."""
+    etag: str = ""
+    """The store's own hash of the content, where it has one."""
+
+
+def absolute(source: str) -> str:
+    """The source with a local path made absolute: Ray's workers run in folders of their own."""
+    return source if source.startswith(BUILTIN) else storage.absolute(source)
+
+
+def list_files(source: str) -> tuple[Place, list[ListedFile]]:
+    """The place of a source and its files in the order of their names, hidden ones left out.
+
+    Args:
+        source: a folder, a file, or a glob of either (path or fsspec URI); or `builtin:digits`.
+
+    Raises:
+        DataError: it does not exist, matches nothing or cannot be listed.
+    """
+    if source.startswith(BUILTIN):
+        if source != "builtin:digits":
+            raise DataError(
+                f"data.source={source!r} is not a builtin source; there is builtin:digits"
+            )
+        return Place(BUILTIN), [ListedFile("digits", 0, "")]
+    try:
+        fs, path = url_to_fs(source)
+        path = path.rstrip("/")
+        pattern = any(letter in path for letter in "*?[") and not fs.exists(path)
+        if pattern:
+            root = _before_the_pattern(path)
+            found = _glob(fs, path)
+        elif not fs.exists(path):
+            raise DataError(
+                f"data.source={source!r} does not exist: give a folder, an archive, a glob of "
+                "either, or builtin:digits"
+            )
+        elif fs.isdir(path):
+            root, found = path, fs.find(path, detail=True)
+        else:
+            root, found = path.rpartition("/")[0], {path: fs.info(path)}
+    except DataError:
+        raise
+    except Exception as error:  # whatever the package of that scheme raises
+        raise DataError(f"data.source={source!r} cannot be read: {error}") from error
+    if pattern and not found:
+        raise DataError(f"data.source={source!r} matches no file: mend the pattern")
+    is_s3 = "s3" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+    files = [_listed(name[len(root) + 1 :], info, is_s3) for name, info in found.items()]
+    uri = root if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(root)
+    return Place(uri or "/"), sorted(
+        (file for file in files if not _is_hidden(file.name)), key=lambda file: file.name
+    )
+
+
+def _before_the_pattern(path: str) -> str:
+    """`a/b` of `a/b/c*/d.png`."""
+    parts = path.split("/")
+    first = next(i for i, part in enumerate(parts) if any(letter in part for letter in "*?["))
+    return "/".join(parts[:first])
+
+
+def _glob(fs: Any, path: str) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name, info in fs.glob(path, detail=True).items():
+        found |= fs.find(name, detail=True) if info["type"] == "directory" else {name: info}
+    return found
+
+
+def _listed(name: str, info: dict[str, Any], is_s3: bool) -> ListedFile:
+    etag = str(info.get("ETag") or "").strip('"')
+    known = etag or info.get("mtime") or info.get("LastModified") or info.get("Last-Modified")
+    mark = str(known or uuid.uuid4())  # of a file without a mark nothing is remembered
+    name = name.encode("utf-8", "backslashreplace").decode()  # else it will not be found, by name
+    # a web server's is often no hash, but made of the size and the time
+    return ListedFile(name, int(info.get("size") or 0), mark, etag if is_s3 else "")
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)

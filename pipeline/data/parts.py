@@ -1,0 +1,133 @@
+"""The parts of a split where they lie: on a local disk or in an object store.
+
+They are read by row group. What is read is checked against the checksums that Parquet keeps of its
+pages; the sha256 of a part can only be checked by those who read the whole of it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from pipeline import storage
+from pipeline.data.shards import NO_LABEL, images_of
+from pipeline.errors import CorruptArtifact, DataError, StorageError
+from pipeline.storage import FileEntry
+
+COLUMNS = ["image", "label"]
+FOOTERS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Parquet file of a split."""
+
+    shard_set: str
+    entry: FileEntry
+    footer: Any
+    """pyarrow's FileMetaData"""
+
+    @property
+    def uri(self) -> str:
+        return storage.join(self.shard_set, self.entry.path)
+
+    @property
+    def num_images(self) -> int:
+        return int(self.footer.num_rows)
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """The images of each of its row groups."""
+        return [self.footer.row_group(i).num_rows for i in range(self.footer.num_row_groups)]
+
+    def read_group(self, group: int) -> tuple[np.ndarray, np.ndarray]:
+        """The images (N, H, W, C) uint8 and labels (N,) int64 of a row group.
+
+        Raises:
+            CorruptArtifact: the part is missing or damaged.
+            StorageError: it cannot be read.
+        """
+        with (
+            _opened(self.shard_set, self.entry) as file,
+            pq.ParquetFile(
+                file, metadata=self.footer, pre_buffer=True, page_checksum_verification=True
+            ) as parquet,
+        ):
+            return arrays_of(parquet.read_row_group(group, columns=COLUMNS, use_threads=False))
+
+
+def arrays_of(table: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The images (N, H, W, C) uint8 and labels (N,) int64 of a part's table."""
+    return images_of(table), table["label"].fill_null(NO_LABEL).to_numpy().astype(np.int64)
+
+
+def read_parts(shard_set: str, split: str) -> list[Part]:
+    """The parts of a split of a ShardSet in their order; only their footers are read.
+
+    Raises:
+        FileNotFoundError: the ShardSet is not complete.
+        DataError: the split is empty.
+        CorruptArtifact: a part is missing, damaged, or not of the size in the manifest.
+        StorageError: a part cannot be read.
+    """
+    manifest = storage.read_manifest(shard_set)
+    if manifest is None:
+        raise FileNotFoundError(f"there is no complete ShardSet at {shard_set}")
+    entries = [entry for entry in manifest.files if entry.path.startswith(f"{split}/")]
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        parts = list(pool.map(lambda entry: _read_footer(shard_set, entry), entries))
+    if not any(part.num_images for part in parts):
+        raise DataError(
+            f"{shard_set} has no images in {split}: give it more, or lower data.holdout"
+        )
+    return parts
+
+
+def corrupt(shard_set: str, path: str, why: str) -> CorruptArtifact:
+    """The error for a part that is not what the manifest says."""
+    return CorruptArtifact(
+        f"{storage.join(shard_set, path)} {why}: delete {shard_set} and run the same command again"
+    )
+
+
+def _read_footer(shard_set: str, entry: FileEntry) -> Part:
+    with _opened(shard_set, entry) as file:
+        size = file.seek(0, 2)
+        if size != entry.bytes:
+            why = f"has {size:,} bytes, its manifest says {entry.bytes:,}"
+            raise corrupt(shard_set, entry.path, why)
+        file.seek(0)
+        return Part(shard_set, entry, pq.read_metadata(file))
+
+
+@contextlib.contextmanager
+def _opened(shard_set: str, entry: FileEntry) -> Iterator[Any]:
+    """A part as a file of random access; whatever goes wrong while it is read, in one sentence."""
+    uri = storage.join(shard_set, entry.path)
+    try:
+        with _open(uri) as file:
+            yield file
+    except (CorruptArtifact, StorageError):
+        raise
+    except FileNotFoundError as error:
+        raise corrupt(shard_set, entry.path, "is missing") from error
+    except Exception as error:
+        # pyarrow's own errors are of the content, those of the system and of a store have a number
+        # or a type of theirs
+        if isinstance(error, pa.ArrowException) or (type(error) is OSError and not error.errno):
+            raise corrupt(shard_set, entry.path, f"is damaged ({str(error).strip()})") from error
+        raise StorageError(f"cannot read {uri}: {error}") from error
+
+
+def _open(uri: str) -> Any:
+    path = storage.local_path(uri)
+    if path is not None:
+        return pa.OSFile(str(path))
+    fs, name = url_to_fs(uri)
+    return fs.open(name, "rb", cache_type="none")  # a row group is one request, exactly of its size
