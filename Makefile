@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,diffusers]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,diffusers,interop,s3-test]'
 	@touch $@
 
 install: $(VENV)/.installed  ## Install into .venv
@@ -23,7 +23,7 @@ run: install     ## Run the whole pipeline on the embedded digits
 	$(BIN)/ddpm run configs/digits.yaml
 
 test: install lint  ## Check style and types, run the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: install    ## Check style and types
 	$(BIN)/ruff check .

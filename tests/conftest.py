@@ -57,9 +57,9 @@ class Workplace:
             text=True,
         )
 
-    def ddpm(self, *arguments: str, code: int = 0, timeout: float = 240) -> str:
+    def ddpm(self, *arguments: str, code: int = 0, timeout: float = 240, **environment: str) -> str:
         """Run a command to its end, check its exit code, return what it printed."""
-        process = self.start(*arguments)
+        process = self.start(*arguments, **environment)
         try:
             output, _ = process.communicate(timeout=timeout)
         finally:
@@ -128,6 +128,13 @@ def wait_for(condition: Any, seconds: float, what: str) -> Any:
             return value
         time.sleep(0.02)
     raise AssertionError(f"waited {seconds} s in vain for {what}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `pytest -n 2 --dist loadgroup` the trained pipeline is made once, by one process."""
+    for item in items:
+        if "tiny" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,201 @@
+"""Images in a bucket, ShardSets in a bucket, through an S3 server that is not always well."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import storage
+from pipeline.data.sources import DataConfig, cut, read, scan
+from pipeline.errors import StorageError
+from tests.conftest import Workplace, tiny_command
+
+pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
+
+from tests.s3 import S3, Fault, Unreliable
+
+NUM_IMAGES = 90
+SMALL = ["data.images_per_shard=8", "data.image_size=8", "data.channels=3"]
+
+
+def photo(i: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(i).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PHOTOS = {f"{('dark', 'light')[i % 2]}/{i:03d}.png": photo(i) for i in range(NUM_IMAGES)}
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3]:
+    server = S3()
+    for name, data in PHOTOS.items():
+        server.put(f"photos/{name}", data)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def here(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """This process finds the server."""
+    import s3fs
+
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield monkeypatch
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def through(monkeypatch: pytest.MonkeyPatch, s3: S3, fault: Fault) -> Unreliable:
+    """From now on this process finds the server behind a proxy with that fault."""
+    import s3fs
+
+    proxy = Unreliable(s3, fault)
+    for name, value in s3.environment(proxy.endpoint).items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    return proxy
+
+
+def test_a_bucket_is_scanned_by_its_listing_alone(s3: S3, here: pytest.MonkeyPatch) -> None:
+    proxy = through(here, s3, lambda *_: "")
+    config = DataConfig(source="s3://bucket/photos", image_size=8, channels=3)
+    source = scan(config)
+    assert source.items.num_rows == NUM_IMAGES
+    assert source.class_names == ["dark", "light"]
+    assert not [path for method, path, _ in proxy.requests if method == "GET" and ".png" in path]
+    got = {item.key: raw for shard in cut(source, 20) for item, raw in read(shard)}
+    assert got == PHOTOS
+    s3.put("photos/dark/000.png", photo(1000))
+    try:
+        with pytest.raises(Exception, match="'dark/000.png' changed while the source was being"):
+            list(read(cut(source, 20)[0]))
+    finally:
+        s3.put("photos/dark/000.png", PHOTOS["dark/000.png"])
+    proxy.close()
+
+
+def test_more_files_than_a_page_of_a_listing_holds_are_all_found(
+    s3: S3, here: pytest.MonkeyPatch
+) -> None:
+    for i in range(1005):
+        s3.put(f"many/{i:04d}.png", b"%d" % i)
+    source = scan(DataConfig(source="s3://bucket/many", image_size=8, channels=1))
+    assert source.items["key"].to_pylist() == [f"{i:04d}.png" for i in range(1005)]
+
+
+def test_a_file_of_several_parts_arrives_whole(s3: S3, here: pytest.MonkeyPatch) -> None:
+    """s3fs cuts what is larger than 100 MiB; each first request for something fails."""
+    proxy = through(here, s3, lambda i, method, path: "500" if i % 5 == 3 else "")
+    data = bytes(104 * 2**20)
+    entry = storage.write_bytes("s3://bucket/large/part", data)
+    assert [path for _, path, _ in proxy.requests if "partNumber=2" in path]
+    assert {wrong for _, _, wrong in proxy.requests} == {"", "500"}
+    assert storage.sha256(storage.read_bytes("s3://bucket/large/part")) == entry.sha256
+    proxy.close()
+
+
+@pytest.mark.parametrize("wrong", ["500", "503", "cut", "slow"])
+def test_a_request_that_fails_is_tried_again(s3: S3, here: pytest.MonkeyPatch, wrong: str) -> None:
+    methods = ("PUT", "GET", "HEAD") if wrong != "cut" else ("GET",)
+    seen: set[tuple[str, str]] = set()
+
+    def first_of_each(_: int, method: str, path: str) -> str:
+        new = (method, path) not in seen
+        seen.add((method, path))
+        return wrong if new and method in methods else ""
+
+    proxy = through(here, s3, first_of_each)
+    storage.write_bytes("s3://bucket/again/x", b"12345678" * 1000)
+    storage.copy("s3://bucket/again/x", "s3://bucket/again/y")
+    assert storage.read_bytes("s3://bucket/again/y") == b"12345678" * 1000
+    assert [w for _, _, w in proxy.requests].count(wrong) >= 1 + (wrong != "cut")
+    proxy.close()
+
+
+def test_what_s3_refuses_or_never_answers_is_one_sentence(s3: S3, here: pytest.MonkeyPatch) -> None:
+    proxy = through(here, s3, lambda *_: "403")
+    with pytest.raises(StorageError, match=r"permission denied; .*AWS_\* variables"):
+        storage.write_bytes("s3://bucket/x", b"")
+    with pytest.raises(StorageError, match=r"cannot read s3://bucket/x: "):
+        storage.read_bytes("s3://bucket/x")
+    proxy.close()
+    through(here, s3, lambda *_: "").close()
+    with pytest.raises(StorageError, match="Could not connect to the endpoint") as refused:
+        storage.list_names("s3://bucket/x")
+    assert "\n" not in str(refused.value)
+
+
+def parts_in(folder: str) -> dict[str, bytes]:
+    names = [file["path"] for file in manifest_in(folder)["files"]]
+    return {
+        name: storage.read_bytes(f"{folder}/{name}") for name in names if name.endswith(".parquet")
+    }
+
+
+def manifest_in(folder: str) -> Any:
+    return json.loads(storage.read_bytes(f"{folder}/manifest.json"))
+
+
+def test_preprocessing_from_bucket_to_bucket_through_an_unreliable_server(
+    s3: S3, here: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two commands at once, every seventh request failing: the parts are those made of files."""
+    faults = ("500", "503", "cut", "slow")
+    proxy = Unreliable(s3, lambda i, *_: faults[i // 7 % 4] if i % 7 == 6 else "")
+    place = Workplace(tmp_path)
+    sets = [*SMALL, "data.source=s3://bucket/photos", "storage=s3://bucket/runs"]
+    command = tiny_command("preprocess", *sets)
+    processes = [place.start(*command, **s3.environment(proxy.endpoint)) for _ in range(2)]
+    for process in processes:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+    assert {wrong for _, _, wrong in proxy.requests} == {"", *faults}
+    proxy.close()
+    (name,) = storage.list_names("s3://bucket/runs/preprocess")
+    folder = f"s3://bucket/runs/preprocess/{name}"
+    assert manifest_in(folder)["stats"]["num_bad"] == 0
+
+    for name, data in PHOTOS.items():
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(data)
+    place.ddpm(*tiny_command("preprocess", *SMALL, f"data.source={tmp_path}/photos"))
+    (local,) = (path.parent for path in tmp_path.glob("runs/preprocess/*/manifest.json"))
+    assert parts_in(folder) == parts_in(str(local))
+
+
+def test_a_server_that_goes_away_ends_the_stage_with_a_sentence_and_nothing_lost(
+    s3: S3, here: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def dies(_: int, method: str, path: str) -> str:
+        done = sum("/parts/" in path and method == "PUT" for method, path, _ in proxy.requests)
+        return "500" if done >= 3 else ""
+
+    proxy = Unreliable(s3, dies)
+    place = Workplace(tmp_path)
+    sets = [*SMALL, "data.source=s3://bucket/photos", "storage=s3://bucket/lost"]
+    command = tiny_command("preprocess", *sets)
+    process = place.start(*command, **s3.environment(proxy.endpoint))
+    output, _ = process.communicate(timeout=240)
+    proxy.close()
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    assert "s3://bucket/" in output
+    (folder,) = storage.list_names("s3://bucket/lost/preprocess")
+    records = f"s3://bucket/lost/preprocess/{folder}/parts"
+    before = storage.list_names(records)
+    assert len(before) >= 3
+    proxy = Unreliable(s3, lambda *_: "")
+    place.ddpm(*command, **s3.environment(proxy.endpoint))
+    proxy.close()
+    again = {path for method, path, _ in proxy.requests if method == "PUT" and "/parts/" in path}
+    assert not [name for name in before if any(path.endswith(name) for path in again)]
+    assert manifest_in(f"s3://bucket/lost/preprocess/{folder}")["stats"]["num_images"]
