@@ -1,0 +1,414 @@
+"""How fast images become a ShardSet: files of 256 and 512 pixels, JPEG and PNG, to 64x64.
+
+    python -m tests.benchmarks.preprocess [--quick]
+    python -m tests.benchmarks.preprocess --scale [--quick]
+    python -m tests.benchmarks.preprocess --decoders [--quick]
+
+The stage `preprocess` with two workers, from files to a committed ShardSet (listing, hashing,
+decoding, resizing, Parquet, manifest), against
+
+- Ray Data on the same two CPUs, `read_images -> map_batches -> write_parquet`, in two forms. In the
+  first map_batches resizes, bicubic. In the second read_images does it, bilinear, so that no image
+  of full size is ever put in a block. The images are written as one column of fixed-length binary,
+  as ours are, since its tensor column is far slower. The faster of the two counts. It neither
+  hashes, nor sets aside a bad image, nor can it be resumed;
+- the floor: a bare loop in one process that reads each file and gives it to the decoder of
+  pipeline/data/images.py, times the number of workers.
+
+Ray and its workers are started before any clock; then all arms run in alternation, and medians
+count. Our shards have 256 images, so that two workers are busy to the end. The images are made
+here, of smooth noise in several octaves with sharp edges.
+
+--scale shows instead that time grows linearly and memory does not: 1, 4 and 16 times as many 64x64
+images. --decoders compares ways to decode and resize: images/s in one process, and how far the
+pixels are from those of a JPEG decoded whole and resized by Pillow's bicubic filter.
+
+The last line is JSON: [{"what", "ours", "peer", "peer_name", "unit", "ratio", "goal"}], ratio above
+1 where ours is better.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipeline import storage
+from pipeline.config import load_config
+from pipeline.data.images import decode
+
+CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
+TARGET, WORKERS = 64, 2
+IMAGES = {("JPEG", 256): 16_000, ("JPEG", 512): 12_000, ("PNG", 256): 8_000, ("PNG", 512): 4_000}
+"""So many that each arm takes several seconds; --quick takes a twentieth."""
+REPEATS = 3
+SCALES = (12_500, 50_000, 200_000)
+NUM_PICTURES = 64
+"""Different ones a kind; the files differ by a few bytes behind the image, so none is a double."""
+GOAL_RAY_DATA, GOAL_FLOOR = 3.0, 0.9
+BICUBIC = Image.Resampling.BICUBIC
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few images, one repeat")
+    parser.add_argument("--scale", action="store_true", help="time and memory over the images")
+    parser.add_argument("--decoders", action="store_true", help="ways to decode and resize")
+    options = parser.parse_args()
+    packages = ["pillow", "pyarrow", "numpy", "ray", "simplejpeg", "opencv-python-headless"]
+    print(
+        f"{', '.join(f'{name} {there}' for name in packages if (there := installed(name)))}\n"
+        f"{WORKERS} workers of 1 thread on {os.cpu_count()} cores, "
+        f"{platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.2f}"
+    )
+    if options.decoders:
+        results = compare_decoders(options.quick)
+    else:
+        with tempfile.TemporaryDirectory() as folder, started_ray():
+            measure = measure_scale if options.scale else compare_pipelines
+            results = measure(Path(folder), options.quick)
+    print(f"load at the end {os.getloadavg()[0]:.2f}")
+    print(json.dumps(results))
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def result(
+    what: str, ours: float, peer: float, peer_name: str, goal: float, unit: str = "images/s"
+) -> dict[str, Any]:
+    return {
+        "what": what,
+        "ours": round(ours, 1),
+        "peer": round(peer, 1),
+        "peer_name": peer_name,
+        "unit": unit,
+        "ratio": round(ours / peer, 3),
+        "goal": goal,
+    }
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+def picture(rng: np.random.Generator, size: int) -> Image.Image:
+    """Smooth noise, weaker the finer it is, and a few discs with sharp edges: (size, size) RGB."""
+    field = np.zeros((size, size, 3))
+    cells, weight = 2, 1.0
+    while cells <= size:
+        for channel in range(3):
+            few = Image.fromarray(rng.normal(size=(cells, cells)).astype(np.float32))
+            field[..., channel] += weight * np.asarray(few.resize((size, size), BICUBIC))
+        cells, weight = 2 * cells, 0.5 * weight
+    y, x = np.mgrid[:size, :size] / size
+    for x0, y0, radius in rng.random((6, 3)):
+        field[(x - x0) ** 2 + (y - y0) ** 2 < (0.3 * radius) ** 2] += rng.normal(size=3)
+    field = 128 + 50 * (field - field.mean()) / field.std()
+    return Image.fromarray(field.clip(0, 255).astype(np.uint8))
+
+
+def pictures(format: str, size: int, count: int) -> list[bytes]:
+    """Encoded ones, always the same."""
+    rng = np.random.default_rng(size)
+    files = []
+    for _ in range(count):
+        buffer = io.BytesIO()
+        picture(rng, size).save(buffer, format, **({"quality": 90} if format == "JPEG" else {}))
+        files.append(buffer.getvalue())
+    return files
+
+
+def write_folder(folder: Path, files: list[bytes], suffix: str, count: int) -> str:
+    """`count` files in ten sub-folders."""
+    for label in range(10):
+        (folder / f"class_{label}").mkdir(parents=True)
+    for i in range(count):
+        path = folder / f"class_{i % 10}" / f"{i:06d}.{suffix}"
+        path.write_bytes(files[i % len(files)] + i.to_bytes(4, "big"))
+    return str(folder)
+
+
+# --- arms ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def started_ray() -> Iterator[None]:
+    import ray
+    import ray.data
+
+    logging.disable(logging.WARNING)  # Ray Data reports every execution
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets want a short path
+        ray.init(
+            address="local",
+            num_cpus=WORKERS,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            _temp_dir=folder,
+        )
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def preprocess(source: str, folder: Path, count: int) -> float:
+    """The seconds that the stage takes, from listing the source to the manifest."""
+    from tasks import workflow
+    from tasks.console import Board
+
+    uri = f"{folder}/{time.monotonic_ns()}"
+    values = {
+        "storage": uri,
+        "data.source": source,
+        "data.image_size": TARGET,
+        "data.channels": 3,
+        "data.images_per_shard": 256,
+        "network.attention_at": "[]",
+    }
+    config = load_config(str(CONFIG), [f"{key}={value}" for key, value in values.items()])
+    with contextlib.redirect_stdout(io.StringIO()):
+        begin = time.perf_counter()
+        plan = workflow.plan(config, f"sqlite:///{uri}/mlflow.db", "preprocess", remember=True)
+        workflow.run(plan, Board())
+        seconds = time.perf_counter() - begin
+    manifest = storage.read_manifest(plan.folder("preprocess"))
+    assert manifest is not None
+    assert sum(manifest.stats["num_images"].values()) == count
+    return seconds
+
+
+def resize_and_pack(batch: dict[str, np.ndarray]) -> pa.Table:
+    small = [Image.fromarray(image).resize((TARGET, TARGET), BICUBIC) for image in batch["image"]]
+    return pack({**batch, "image": np.stack([np.asarray(image) for image in small])})
+
+
+def pack(batch: dict[str, np.ndarray]) -> pa.Table:
+    size = TARGET * TARGET * 3
+    buffers = [None, pa.py_buffer(batch["image"].tobytes())]
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(batch["image"]), buffers)
+    return pa.table({"image": column, "key": pa.array(batch["path"].tolist(), pa.string())})
+
+
+def ray_data(source: str, folder: Path, count: int, resized_by_reader: bool) -> float:
+    """The seconds that Ray Data takes from files to Parquet."""
+    import ray.data
+
+    out = f"{folder}/{time.monotonic_ns()}"
+    size = (TARGET, TARGET) if resized_by_reader else None
+    begin = time.perf_counter()
+    images = ray.data.read_images(source, mode="RGB", size=size, include_paths=True)
+    small = images.map_batches(
+        pack if resized_by_reader else resize_and_pack, batch_format="numpy", batch_size=128
+    )
+    small.write_parquet(out, compression="lz4", use_dictionary=False)
+    seconds = time.perf_counter() - begin
+    assert sum(pq.read_metadata(path).num_rows for path in Path(out).glob("*")) == count
+    return seconds
+
+
+def floor(source: str, folder: Path, count: int) -> float:
+    """The seconds that a bare loop takes in one process, divided by the number of workers."""
+    paths = sorted(Path(source).rglob("*.*"))
+    begin = time.perf_counter()
+    for path in paths:
+        decode(path.read_bytes(), TARGET, 3)
+    return (time.perf_counter() - begin) / WORKERS
+
+
+# --- comparisons --------------------------------------------------------------------------------
+
+
+def compare_pipelines(folder: Path, quick: bool) -> list[dict[str, Any]]:
+    arms: dict[tuple[str, int], dict[str, Callable[[], float]]] = {}
+    for (format, size), images in IMAGES.items():
+        count = images // 20 if quick else images
+        files = pictures(format, size, 8 if quick else NUM_PICTURES)
+        source = write_folder(folder / f"{format}{size}", files, format.lower(), count)
+        work = (source, folder, count)
+        arms[format, size] = {
+            "ours": lambda work=work: preprocess(*work),
+            "Ray Data, map_batches resizes": lambda work=work: ray_data(*work, False),
+            "Ray Data, read_images resizes": lambda work=work: ray_data(*work, True),
+            f"decoder x {WORKERS}": lambda work=work: floor(*work),
+        }
+    seconds: dict[tuple[str, int], dict[str, list[float]]] = {
+        kind: {name: [] for name in of} for kind, of in arms.items()
+    }
+    for arm in arms["JPEG", 256].values():
+        arm()  # the workers start, and import what each arm needs
+    for _ in range(1 if quick else REPEATS):
+        for kind, of in arms.items():
+            for name, arm in of.items():
+                seconds[kind][name].append(arm())
+
+    results = []
+    print(
+        f"{'images/s, median (least to most)':<34}" + "".join(f"{f'{f} {s}':<26}" for f, s in arms)
+    )
+    rates = {}
+    for kind in arms:
+        count = IMAGES[kind] // 20 if quick else IMAGES[kind]
+        rates[kind] = {name: [count / s for s in of] for name, of in seconds[kind].items()}
+    for name in next(iter(rates.values())):
+        cells = [
+            f"{statistics.median(of[name]):,.0f} ({min(of[name]):,.0f} to {max(of[name]):,.0f})"
+            for of in rates.values()
+        ]
+        print(f"{name:<34}" + "".join(f"{cell:<26}" for cell in cells))
+    for (format, size), of in rates.items():
+        medians = {name: statistics.median(values) for name, values in of.items()}
+        ours, *peers, decoder = medians
+        peer = max(peers, key=lambda name: medians[name])
+        for name, goal in ((peer, GOAL_RAY_DATA), (decoder, GOAL_FLOOR)):
+            what = f"preprocess {size}-pixel {format} to {TARGET}x{TARGET}"
+            results.append(result(what, medians[ours], medians[name], name, goal))
+    return results
+
+
+def measure_scale(folder: Path, quick: bool) -> list[dict[str, Any]]:
+    counts = [count // 25 for count in SCALES] if quick else list(SCALES)
+    files = pictures("JPEG", TARGET, NUM_PICTURES)
+    preprocess(write_folder(folder / "first", files, "jpeg", 200), folder, 200)
+    print(f"{'images':>10}{'seconds':>10}{'images/s':>10}{'driver MB':>11}{'a worker MB':>13}")
+    rates = []
+    for count in counts:
+        source = write_folder(folder / str(count), files, "jpeg", count)
+        with peak_memory() as peak:
+            seconds = preprocess(source, folder, count)
+        rates.append(count / seconds)
+        print(
+            f"{count:>10,}{seconds:>10.1f}{rates[-1]:>10,.0f}"
+            f"{peak['driver'] / 1e6:>11,.0f}{peak['worker'] / 1e6:>13,.0f}",
+            flush=True,
+        )
+    what = f"preprocess {counts[-1]:,} images of {TARGET}x{TARGET}"
+    return [result(what, rates[-1], rates[0], f"the same with {counts[0]:,} images", 0.9)]
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[dict[str, int]]:
+    """The largest resident memory, in bytes, of this process and of any one worker of Ray."""
+    peak = {"driver": 0, "worker": 0}
+    over = threading.Event()
+
+    def watch() -> None:
+        this = psutil.Process()
+        while not over.wait(0.1):
+            peak["driver"] = max(peak["driver"], this.memory_info().rss)
+            for child in this.children(recursive=True):
+                with contextlib.suppress(psutil.Error, IndexError):
+                    if child.cmdline()[0].startswith("ray::"):
+                        peak["worker"] = max(peak["worker"], child.memory_info().rss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+
+
+# --- decoders -----------------------------------------------------------------------------------
+
+
+def ways_to_decode() -> dict[str, Callable[[bytes], np.ndarray]]:
+    """Ways from an encoded file to (64, 64, 3) uint8; `reduced` is to at least so many pixels."""
+
+    def pillow(reduced: int | None, gap: float | None = None) -> Callable[[bytes], np.ndarray]:
+        def way(raw: bytes) -> np.ndarray:
+            image = Image.open(io.BytesIO(raw))
+            if reduced:
+                image.draft("RGB", (reduced, reduced))
+            return np.asarray(image.resize((TARGET, TARGET), BICUBIC, reducing_gap=gap))
+
+        return way
+
+    ways = {
+        "Pillow": pillow(None),
+        "Pillow, reducing_gap 3": pillow(None, 3.0),
+        "Pillow, reducing_gap 2": pillow(None, 2.0),
+        f"Pillow, draft {3 * TARGET}": pillow(3 * TARGET),
+        f"Pillow, draft {2 * TARGET}": pillow(2 * TARGET),
+        f"Pillow, draft {TARGET}": pillow(TARGET),
+        "pipeline.data.images.decode": lambda raw: decode(raw, TARGET, 3).pixels,
+    }
+    with contextlib.suppress(ImportError):
+        import simplejpeg
+
+        def turbo(raw: bytes, side: int = 2 * TARGET) -> np.ndarray:
+            least = {"min_height": side, "min_width": side}
+            exact = {"fastdct": False, "fastupsample": False}
+            pixels: np.ndarray = simplejpeg.decode_jpeg(raw, "RGB", **exact, **least)
+            return pixels
+
+        def turbo_and_pillow(raw: bytes) -> np.ndarray:
+            return np.asarray(Image.fromarray(turbo(raw)).resize((TARGET, TARGET), BICUBIC))
+
+        ways[f"simplejpeg {2 * TARGET}, Pillow"] = turbo_and_pillow
+        with contextlib.suppress(ImportError):
+            import cv2
+
+            cv2.setNumThreads(1)
+            ways[f"simplejpeg {2 * TARGET}, cv2 area"] = lambda raw: cv2.resize(
+                turbo(raw), (TARGET, TARGET), interpolation=cv2.INTER_AREA
+            )
+    return ways
+
+
+def compare_decoders(quick: bool) -> list[dict[str, Any]]:
+    results = []
+    for format, size in IMAGES:
+        files = pictures(format, size, 8 if quick else NUM_PICTURES)
+        whole = ways_to_decode()["Pillow"]
+        want = np.stack([whole(raw) for raw in files]).astype(int)
+        ways = {
+            name: way
+            for name, way in ways_to_decode().items()
+            if format == "JPEG" or not ("draft" in name or "simplejpeg" in name)
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(2 if quick else REPEATS):
+            for name, way in ways.items():
+                begin = time.process_time()  # one thread each: other work does not count
+                for raw in files:
+                    way(raw)
+                seconds[name].append((time.process_time() - begin) / len(files))
+        rates = {name: 1 / statistics.median(of) for name, of in seconds.items()}
+        print(f"{f'{format} {size} to {TARGET}':<30}{'images/s':>10}{'mean diff':>11}{'max':>5}")
+        for name, way in ways.items():
+            apart = np.abs(np.stack([way(raw) for raw in files]) - want)
+            print(f"{name:<30}{rates[name]:>10,.0f}{apart.mean():>11.2f}{apart.max():>5}")
+        ours = rates["pipeline.data.images.decode"]
+        what = f"decode and resize {size}-pixel {format}"
+        results.append(result(what, ours, rates["Pillow"], "Pillow, decoded whole", 1.0))
+    return results
+
+
+if __name__ == "__main__":
+    main()
