@@ -10,10 +10,13 @@ two would be expected to share their noise.
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # those who preprocess images need keys, and no torch
+    import torch
+    from torch import Tensor
 
 
 def key(seed: int, what: str, *counters: int) -> int:
@@ -27,15 +30,26 @@ def uniform(k: int) -> float:
     return (k >> 11) * 2.0**-53
 
 
+def uniforms(k: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers in [0, 1) that belong to the key `k`: float64 of that shape."""
+    return np.random.Generator(np.random.Philox(key=k)).random(shape)
+
+
 def normal(
-    keys: Sequence[int], shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Standard normal noise, row i from `keys[i]` alone: (len(keys), *shape), on the CPU."""
+    keys: Sequence[int], shape: tuple[int, ...], dtype: "torch.dtype | None" = None
+) -> "Tensor":
+    """Standard normal noise, row i from `keys[i]` alone: (len(keys), *shape), on the CPU.
+
+    Args:
+        dtype: float32 by default.
+    """
+    import torch
+
     wide = np.float64 if dtype == torch.float64 else np.float32
     z = np.empty((len(keys), *shape), dtype=wide)
     for row, k in zip(z, keys, strict=True):
         np.random.Generator(np.random.Philox(key=k)).standard_normal(dtype=wide, out=row)
-    return torch.from_numpy(z).to(dtype)
+    return torch.from_numpy(z).to(dtype or torch.float32)
 
 
 def permutation(k: int, n: int) -> np.ndarray:

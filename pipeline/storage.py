@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -103,7 +104,10 @@ def read_bytes(uri: str) -> bytes:
     """
     fs, path = _open_fs(uri)
     with _explained("read", uri):
-        data: bytes = fs.cat_file(path)
+        try:
+            data: bytes = fs.cat_file(path)
+        except NotADirectoryError as error:  # a file in place of its folder: it is not there
+            raise FileNotFoundError(str(error)) from error
         return data
 
 
@@ -131,6 +135,36 @@ def _write_local(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def copy(source: str, target: str) -> None:
+    """Copy a file within a storage in one atomic step; locally it is one file with two names.
+
+    Raises:
+        FileNotFoundError: there is none at `source`.
+        StorageError: it cannot be copied.
+    """
+    fs, path = _open_fs(source)
+    with _explained("read", source):
+        if not isinstance(fs, LocalFileSystem):
+            fs.cp_file(path, _open_fs(target)[1])
+            return
+    place = Path(_open_fs(target)[1])
+    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with _explained("write to", target):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _explained("read", source):
+            try:
+                os.link(path, temporary)
+            except FileNotFoundError:
+                raise
+            except OSError:  # a file system without links
+                shutil.copyfile(path, temporary)
+        with _explained("write to", target):
+            os.replace(temporary, place)
     finally:
         temporary.unlink(missing_ok=True)
 

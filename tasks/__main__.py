@@ -129,7 +129,17 @@ def _run_stages(config_path: str, overrides: list[str] | None, target: str) -> N
     config, tracking_uri = _load(config_path, overrides)
     storage.check_writable(config.storage)
     log = log_to_file(config.storage)
-    plan = _plan(config, tracking_uri, target, remember=True)
+    with Board() as board:
+        bar = board.add("source")
+
+        def show(done: int, total: int) -> None:
+            if done == 0:
+                bar.start(total, "files")
+            bar.update(done)
+
+        plan = _plan(config, tracking_uri, target, remember=True, progress=show)
+        num_images, num_classes = plan.source.items.num_rows, len(plan.source.class_names)
+        bar.close(f"{num_images:,} images" + (f" of {num_classes} classes" if num_classes else ""))
     _print_plan(plan)
     if target != "preprocess":
         from pipeline.registry.runs import make_client
@@ -403,14 +413,16 @@ def submit(
 def _load(path: str, overrides: list[str] | None) -> tuple["RunConfig", str]:
     """The config with absolute places, and the tracking URI."""
     from pipeline.config import load_config
-    from pipeline.data import sources
+    from pipeline.data.listing import absolute
 
     config = load_config(path, overrides)
-    source = sources.absolute(config.data.source)
+    places = {"source": absolute(config.data.source)}
+    if config.data.labels is not None:
+        places["labels"] = storage.absolute(config.data.labels)
     config = config.model_copy(
         update={
             "storage": storage.absolute(config.storage),
-            "data": config.data.model_copy(update={"source": source}),
+            "data": config.data.model_copy(update=places),
         }
     )
     return config, _tracking_uri(config.tracking.uri)
@@ -424,12 +436,10 @@ def _tracking_uri(configured: str | None) -> str:
     return uri
 
 
-def _plan(
-    config: "RunConfig", tracking_uri: str, target: str = "sample", remember: bool = False
-) -> "Plan":
+def _plan(config: "RunConfig", tracking_uri: str, target: str = "sample", **how: Any) -> "Plan":
     from tasks import workflow
 
-    return workflow.plan(config, tracking_uri, target, remember)
+    return workflow.plan(config, tracking_uri, target, **how)
 
 
 def _sampling(**values: Any) -> Any:

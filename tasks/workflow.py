@@ -17,7 +17,8 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.config import RunConfig
-from pipeline.data.sources import Source
+from pipeline.data.preprocess import SHARD_SET_FORMAT
+from pipeline.data.sources import Source, scan
 from pipeline.errors import StorageError
 from pipeline.registry.runs import TrackedRun
 from pipeline.storage import Manifest
@@ -39,18 +40,25 @@ class StageSpec:
 
 
 STAGES = (
-    # not data.source: images are what they are wherever they lie, and the source's hash is an input
+    # not data.source and data.labels: images are what they are wherever they lie, and a hash of
+    # what the scan found is an input
     StageSpec(
         "preprocess",
         (
             "data.class_names",
             "data.image_size",
             "data.channels",
+            "data.resize",
+            "data.min_size",
+            "data.max_aspect",
+            "data.drop_duplicates",
+            "data.encoding",
             "data.holdout",
             "data.max_bad_fraction",
             "data.images_per_shard",
         ),
         (),
+        format=SHARD_SET_FORMAT,
     ),
     StageSpec("reference", ("seed", "evaluation.classifier_epochs"), ("preprocess",)),
     StageSpec("train", ("seed", "network", "diffusion", "training"), ("preprocess",)),
@@ -96,22 +104,30 @@ class Plan:
 
 
 def plan(
-    config: RunConfig, tracking_uri: str, target: str = "sample", remember: bool = False
+    config: RunConfig,
+    tracking_uri: str,
+    target: str = "sample",
+    remember: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """Look at the source and the storage: what stands, what must run and why.
 
-    Starts nothing and writes nothing, unless the hashes of the source's files are to be remembered.
+    Starts nothing and writes nothing, unless what is found in the source's files is to be
+    remembered.
+
+    Args:
+        progress: called with the number of the source's files that were looked into, and of all.
     """
     from tasks import preprocess, register
 
-    source = preprocess.scan_source(config.data, config.storage, remember)
-    fingerprint = storage.digest(source.fingerprint())
+    index = preprocess.index_folder(config.storage)
+    source = scan(config.data, index, remember, progress)
     planned: dict[str, PlannedStage] = {}
     for spec in needed_for(target):
         sections = _sections(config, spec)
         inputs = {name: planned[name].id for name in spec.inputs}
         if spec.name == "preprocess":
-            inputs = {"source": fingerprint}
+            inputs = {"source": source.fingerprint}
         stage_id = storage.digest([spec.name, spec.format, sections, inputs])
         folder = storage.join(config.storage, spec.name, stage_id)
         manifest = storage.read_manifest(folder)
@@ -162,8 +178,7 @@ def _why_missing(
     others = [
         manifest
         for name in storage.list_names(parent)
-        if not name.startswith("index-")
-        and (manifest := storage.read_manifest(storage.join(parent, name))) is not None
+        if (manifest := storage.read_manifest(storage.join(parent, name))) is not None
     ]
     if not others:
         return "has no output yet"
@@ -347,7 +362,7 @@ def _manifest(plan: Plan, stage: PlannedStage, outcome: Outcome) -> Manifest:
         other.spec.name: other.id for other in plan.stages if other.spec.name in stage.spec.inputs
     }
     if stage.spec.name == "preprocess":
-        inputs = {"source": storage.digest(plan.source.fingerprint())}
+        inputs = {"source": plan.source.fingerprint}
     return Manifest(
         format=stage.spec.format,
         stage=stage.spec.name,

@@ -22,11 +22,12 @@ from tests.test_engine import make_model
 
 def digits() -> tuple[ImageSet, ImageSet]:
     """The real digits, the first 300 held out."""
-    source, _ = sources.scan("builtin:digits")
-    (shard,) = sources.cut(source, 2000)
-    images = np.stack([np.asarray(raw) for _, raw in sources.read(shard)])
-    labels = np.array([item.label for item in shard.items])
-    keys = [item.key for item in shard.items]
+    config = sources.DataConfig(source="builtin:digits", image_size=8, channels=1)
+    (shard,) = sources.cut(sources.scan(config), 4000)
+    items, raws = zip(*sources.read(shard), strict=True)
+    images = np.stack([np.asarray(raw) for raw in raws])
+    labels = np.array([item.label for item in items])
+    keys = [item.key for item in items]
     return (
         ImageSet(images[300:], labels[300:], keys[300:]),
         ImageSet(images[:300], labels[:300], keys[:300]),

@@ -105,3 +105,10 @@ def test_the_readme_names_every_module() -> None:
     readme = (ROOT / "README.md").read_text()
     missing = [p.name for p in FILES if p.name != "__init__.py" and p.name not in readme]
     assert missing == []
+
+
+def test_a_preprocessing_task_needs_no_torch() -> None:
+    """Its import takes longer than many a shard, and 180 MB in every worker."""
+    code = "import sys, pipeline.data.preprocess; print({'torch', 'sklearn'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "set()", result
