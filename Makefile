@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install run test lint serve ui clean
+.PHONY: help install run test lint bench serve ui clean
 
 help:            ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -29,6 +29,19 @@ lint: install    ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+PEERS  := .venv-peers
+$(PEERS)/.installed:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch pillow
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check webdataset mosaicml-streaming
+	@touch $@
+
+bench: install $(PEERS)/.installed  ## Run the benchmarks that need no model, into tests/benchmarks/RESULTS.md
+	$(BIN)/python -m tests.benchmarks.record preprocess
+	$(BIN)/python -m tests.benchmarks.record preprocess --decoders
+	$(BIN)/python -m tests.benchmarks.record preprocess --scale
+	$(BIN)/python -m tests.benchmarks.record load_batches --peers $(PEERS)/bin/python
 
 serve: install   ## Serve the digits that `make run` trained
 	$(BIN)/ddpm serve digits@champion --replicas 2
