@@ -59,6 +59,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "dpm_solver 2": {"sampler": "dpm_solver", "order": 2},
     "dpm_solver_pp 2M": {"sampler": "dpm_solver_pp", "order": 2},
     "dpm_solver_pp 3M": {"sampler": "dpm_solver_pp", "order": 3},
+    "dpm_solver_pp 2M SDE": {"sampler": "dpm_solver_pp", "order": 2, "stochastic": True},
     "pndm": {"sampler": "pndm"},
     "unipc": {"sampler": "unipc", "order": 2},
     "deis": {"sampler": "deis", "order": 2},
@@ -133,9 +134,11 @@ def main() -> None:
         )
         results.append(result)
 
-    reference = next(r for r in results if r.asked == options.reference)
     print()
     print_table(results)
+    if options.only:
+        return
+    reference = next(r for r in results if r.asked == options.reference)
     for what, distance in floor.items():
         print(f"{what:<26} {distance:8.2f}")
     draw_curves(results, reference, floor, options.out)
@@ -153,6 +156,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--guidance", type=float, default=0.0)
     parser.add_argument("--spacing", nargs="+", help="one or more; trailing")
+    parser.add_argument("--only", nargs="+", choices=SAMPLERS, help="these, and no reference")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=256, help="of a network call")
@@ -241,8 +245,9 @@ def arms(model: Model, options: argparse.Namespace) -> list[tuple[str, int, Samp
     reference = min(options.reference, model.schedule.timesteps)
     options.reference = reference
     ancestral = SamplingConfig(sampler="ancestral", steps=reference, guidance=options.guidance)
-    found = [("ancestral", reference, ancestral)]
-    for label, settings in SAMPLERS.items():
+    found = [] if options.only else [("ancestral", reference, ancestral)]
+    for label in options.only or SAMPLERS:
+        settings = SAMPLERS[label]
         if settings["sampler"] not in SOLVERS:
             print(f"{label}: skipped, it is not among the samplers")
             continue
