@@ -97,9 +97,7 @@ def test_the_mlflow_run_tells_the_training(tiny: Workplace) -> None:
             1,
             "FINISHED",
         )
-        ((digest, profile),) = database.execute(
-            "SELECT dataset_digest, dataset_profile FROM datasets"
-        )
+        ((digest, profile),) = database.execute("SELECT digest, dataset_profile FROM datasets")
     assert digest == tiny.manifest("preprocess")["id"]
     assert json.loads(profile)["pixel_mean"] == tiny.manifest("preprocess")["stats"]["pixel_mean"]
     grids = list((tiny.folder / "mlruns").rglob("images/samples+step+*.png"))
