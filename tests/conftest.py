@@ -130,6 +130,7 @@ def wait_for(condition: Any, seconds: float, what: str) -> Any:
     raise AssertionError(f"waited {seconds} s in vain for {what}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under `pytest -n 2 --dist loadgroup` the trained pipeline is made once, by one process."""
     for item in items:
