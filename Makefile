@@ -23,7 +23,7 @@ run: install     ## Run the whole pipeline on the embedded digits
 	$(BIN)/ddpm run configs/digits.yaml
 
 test: install lint  ## Check style and types, run the test suite
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: install    ## Check style and types
 	$(BIN)/ruff check .

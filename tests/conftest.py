@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 import psutil
 import pytest
 import torch
+
+from pipeline import storage
 
 torch.set_num_threads(1)
 
@@ -130,18 +131,18 @@ def wait_for(condition: Any, seconds: float, what: str) -> Any:
     raise AssertionError(f"waited {seconds} s in vain for {what}")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `pytest -n 2 --dist loadgroup` the trained pipeline is made once, by one process."""
-    for item in items:
-        if "tiny" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("tiny"))
-
-
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
-    """A workplace in which the tiny pipeline has run once, undisturbed."""
-    workplace = Workplace(tmp_path_factory.mktemp("tiny"))
-    output = workplace.run_tiny()
-    (workplace.folder / "first_run.txt").write_text(output)
-    yield workplace
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A workplace in which the tiny pipeline has run once, undisturbed.
+
+    The processes of `pytest -n 2` share it: the first that asks makes it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    workplace = Workplace(shared / "tiny")
+    with storage.exclusive(str(shared / "tiny.lock")):
+        if not workplace.folder.exists():
+            workplace.folder.mkdir()
+            (workplace.folder / "first_run.txt").write_text(workplace.run_tiny())
+    assert (workplace.folder / "first_run.txt").exists(), "it failed in another process"
+    return workplace
