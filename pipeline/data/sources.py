@@ -29,7 +29,7 @@ from pipeline.data.listing import BUILTIN, ListedFile, list_files
 from pipeline.errors import DataError
 
 MAX_SHARD_BYTES = 2**30
-"""Decoded pixels that a task may hold; encoding them takes as much again, and half of it."""
+"""Decoded pixels of a shard; while they are encoded a task holds them three times."""
 
 
 class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
