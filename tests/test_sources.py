@@ -440,5 +440,10 @@ def test_the_listing_is_sorted_and_has_no_hidden_files(tmp_path: Path) -> None:
     assert place.uri == str(tmp_path)
     names = [file.name for file in files]
     assert names == sorted(names) == [*sorted(LABELS)[:2], "dogs/c.webp", "dogs/notes.txt", "e.png"]
-    assert sources.format_of("a.PNG") is loose
-    assert sources.format_of("a.txt") is None
+    assert sources.format_of(place, "a.PNG") is loose
+    assert sources.format_of(place, "a.txt") is None
+
+
+def test_the_builtin_digits_are_in_no_folder(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": png(0), "digits": b"", "of/ten digits": b""})
+    assert set(found(scan(config(tmp_path)))) == {"a.png"}

@@ -82,8 +82,10 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return names
 
 
-def format_of(name: str) -> ModuleType | None:
+def format_of(place: Place, name: str) -> ModuleType | None:
     """The module of `pipeline.data.formats` that reads a file of this name, if there is one."""
+    if place.uri == BUILTIN:
+        return digits
     low = name.lower()
     if low.endswith(IMAGE_SUFFIXES):
         return loose
@@ -98,7 +100,6 @@ FORMATS: tuple[tuple[tuple[str, ...], ModuleType], ...] = (
     ((".parquet",), parquet),
     ((".npy", ".npz"), arrays),
     ((".bin",), cifar),
-    (("digits",), digits),
 )
 """By the end of a file's name; besides, image files and IDX files, whose names are known whole."""
 
@@ -179,7 +180,7 @@ def scan(
         raise DataError(
             f"data.source={config.source!r} holds no image ({len(files)} files looked at; images "
             f"end in {', '.join(IMAGE_SUFFIXES)}, archives and arrays in "
-            f"{', '.join(suffix for suffixes, _ in FORMATS[:-1] for suffix in suffixes)})"
+            f"{', '.join(suffix for suffixes, _ in FORMATS for suffix in suffixes)})"
         )
 
     def look(piece: _Piece) -> pa.Table:
@@ -229,18 +230,19 @@ class _Piece:
 def _pieces(place: Place, files: list[ListedFile]) -> list[_Piece]:
     images, pieces = [], []
     for file in files:
-        module = format_of(file.name)
+        module = format_of(place, file.name)
         if module is loose:
             images.append(file)
-        elif module is not None:
-            # such as the labels or the names of classes that lie beside it
+        elif module in (idx, cifar):  # their labels, or the names of classes, lie beside them
             folder = file.name.rpartition("/")[0]
             beside = [
                 other
                 for other in files
-                if other.name.rpartition("/")[0] == folder and format_of(other.name) is None
+                if other.name.rpartition("/")[0] == folder and format_of(place, other.name) is None
             ]
-            pieces.append(_piece(place, module, [file], beside if module in (idx, cifar) else []))
+            pieces.append(_piece(place, module, [file], beside))
+        elif module is not None:
+            pieces.append(_piece(place, module, [file], []))
     for run in _cut([file.name for file in images], LOOSE_FILES_PER_PIECE):
         pieces.append(_piece(place, loose, images[run.start : run.stop], []))
     return pieces
@@ -266,7 +268,7 @@ def _index(place: Place, piece: _Piece) -> pa.Table:
     rows: list[tuple[str, str, Member]] = []
     for file in piece.files:
         if piece.format is loose and file.etag:  # the store has hashed it already
-            rows.append((file.name, file.name, Member("", _folder(file.name), f"etag:{file.etag}")))
+            rows.append((file.name, file.name, Member("", None, f"etag:{file.etag}")))
             continue
         try:
             for member in piece.format.index(place, file.name):
@@ -442,7 +444,7 @@ def read(shard: InputShard) -> Iterator[tuple[Item, bytes | np.ndarray | None]]:
 
 
 def _contents(place: Place, rows: list[dict[str, Any]]) -> Iterator[bytes | np.ndarray]:
-    for module, run in itertools.groupby(rows, key=lambda row: format_of(row["file"])):
+    for module, run in itertools.groupby(rows, key=lambda row: format_of(place, row["file"])):
         if module is loose:
             yield from place.read_many([row["file"] for row in run])
             continue

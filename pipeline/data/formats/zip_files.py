@@ -33,7 +33,7 @@ LABELS = "dataset.json"
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 """The signature and the lengths of the name and of what follows it, before an entry's content."""
 DAMAGE = (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error)
-"""What zipfile raises on an archive that is damaged."""
+"""What zipfile raises on an archive that is damaged, or says that it is of a later version."""
 
 
 def index(place: Place, name: str) -> Iterator[Member]:
