@@ -9,9 +9,10 @@ with no published FID. They are biased upwards by the number of samples, which i
 the distance of as many real images is shown beside them. Class accuracy is the judge's, too.
 
 Every sampler draws the same images of the same seeds, with the most steps that need at most so many
-evaluations. ± is the standard deviation over bootstrap resamples of the samples. The sampler that
-is best at 20 evaluations is compared with ancestral sampling; since it is chosen by the same
-figures, a lead within ± says little.
+evaluations. With one seed ± is the standard deviation over bootstrap resamples of the samples; with
+several, figures are means over the seeds and ± is the mean's standard error. The sampler that is
+best at 20 evaluations is compared with ancestral sampling; since it is chosen by the same figures,
+a lead within ± says little.
 
 The last line is JSON: [{"what", "ours", "peer", "peer_name", "unit", "ratio", "goal"}], ratio above
 1 where ours is better.
@@ -95,13 +96,21 @@ class Result:
     asked: int
     evaluations: int
     distance: float
-    resampled: np.ndarray
+    """The mean over the seeds."""
+    spread: np.ndarray
+    """Of each seed or, when there is one, of each bootstrap resample: its distance."""
+    num_seeds: int
     accuracy: float
     seconds: float
 
     @property
     def deviation(self) -> float:
-        return float(self.resampled.std(ddof=1))
+        return uncertainty(self.spread, self.num_seeds)
+
+
+def uncertainty(spread: np.ndarray, num_seeds: int) -> float:
+    """The standard deviation of one seed's figure, or the standard error of several seeds' mean."""
+    return float(spread.std(ddof=1) / num_seeds**0.5)
 
 
 def main() -> None:
@@ -116,7 +125,8 @@ def main() -> None:
 
     n, spec = options.n, model.spec
     print(
-        f"{options.model}: {n} images of {spec.image_shape}, guidance {options.guidance:g}, "
+        f"{options.model}: {n} images of {spec.image_shape} a seed, "
+        f"seeds {' '.join(map(str, options.seeds))}, guidance {options.guidance:g}, "
         f"{spec.diffusion.schedule} schedule, prediction {spec.diffusion.prediction}\n"
         f"judge: {judge.classifier.holdout_accuracy:.1%} right on {judge.classifier.holdout_n} "
         f"images held out; features of {len(train)} training images\n"
@@ -136,7 +146,7 @@ def main() -> None:
 
     print()
     print_table(results)
-    if options.only:
+    if options.no_reference:
         return
     reference = next(r for r in results if r.asked == options.reference)
     for what, distance in floor.items():
@@ -156,8 +166,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--guidance", type=float, default=0.0)
     parser.add_argument("--spacing", nargs="+", help="one or more; trailing")
-    parser.add_argument("--only", nargs="+", choices=SAMPLERS, help="these, and no reference")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=SAMPLERS, help="these; all")
+    parser.add_argument("--no-reference", action="store_true", help="no ancestral sampling")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=256, help="of a network call")
     parser.add_argument("--storage", default="runs", help="where the stages' outputs lie")
@@ -245,7 +256,7 @@ def arms(model: Model, options: argparse.Namespace) -> list[tuple[str, int, Samp
     reference = min(options.reference, model.schedule.timesteps)
     options.reference = reference
     ancestral = SamplingConfig(sampler="ancestral", steps=reference, guidance=options.guidance)
-    found = [] if options.only else [("ancestral", reference, ancestral)]
+    found = [] if options.no_reference else [("ancestral", reference, ancestral)]
     for label in options.only or SAMPLERS:
         settings = SAMPLERS[label]
         if settings["sampler"] not in SOLVERS:
@@ -284,31 +295,42 @@ def measure(
 ) -> Result:
     num_classes = model.spec.num_classes
     labels = [i % num_classes for i in range(options.n)]
-    requests = [ImageRequest(options.seed, i, label, sampling) for i, label in enumerate(labels)]
+    engine = Engine(model, "fast", options.rows)
+    distances, accuracies = [], []
     begin = time.monotonic()
-    pixels = Engine(model, "fast", options.rows).draw(requests)
+    for seed in options.seeds:
+        pixels = engine.draw([ImageRequest(seed, i, k, sampling) for i, k in enumerate(labels)])
+        of = judge.features(pixels)
+        distances.append(judge.distance(of))
+        accuracies.append(class_accuracy(judge.classifier, pixels, np.array(labels))[0])
     seconds = time.monotonic() - begin
-    of = judge.features(pixels)
-    accuracy, _, _ = class_accuracy(judge.classifier, pixels, np.array(labels))
-    # the same resamples for every sampler, so that ratios of two of them are paired
-    rng = np.random.default_rng(0)
-    resamples = [
-        judge.distance(of[rng.integers(0, len(of), len(of))]) for _ in range(NUM_RESAMPLES)
-    ]
-    evaluations = len(make_plan(model, sampling))
+    spread = distances if len(distances) > 1 else bootstrap(judge, of)
     return Result(
-        name, asked, evaluations, judge.distance(of), np.array(resamples), accuracy, seconds
+        name,
+        asked,
+        len(make_plan(model, sampling)),
+        float(np.mean(distances)),
+        np.array(spread),
+        len(distances),
+        float(np.mean(accuracies)),
+        seconds,
     )
+
+
+def bootstrap(judge: Judge, of: Tensor) -> list[float]:
+    """The same resamples for every sampler, so that ratios of two of them are paired."""
+    rng = np.random.default_rng(0)
+    return [judge.distance(of[rng.integers(0, len(of), len(of))]) for _ in range(NUM_RESAMPLES)]
 
 
 def compare(results: list[Result], reference: Result) -> dict[str, Any]:
     """The best sampler at COMPARED_AT evaluations against the reference."""
     best = min((r for r in results if r.asked == COMPARED_AT), key=lambda r: r.distance)
-    ratios = reference.resampled / best.resampled
+    ratio_error = uncertainty(reference.spread / best.spread, best.num_seeds)
     print(
         f"best at {COMPARED_AT} evaluations: {best.name}, {show(best)}; ancestral with "
         f"{reference.evaluations}: {show(reference)}; ratio "
-        f"{reference.distance / best.distance:.3f} ± {ratios.std(ddof=1):.3f}"
+        f"{reference.distance / best.distance:.3f} ± {ratio_error:.3f}"
     )
     return {
         "what": f"Fréchet distance at {COMPARED_AT} network evaluations, best sampler: {best.name}",
