@@ -53,7 +53,7 @@ class Manifest(BaseModel):
     created_at: str = ""
 
 
-def sha256(data: bytes) -> str:
+def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -111,22 +111,22 @@ def read_bytes(uri: str) -> bytes:
         return data
 
 
-def write_bytes(uri: str, data: bytes) -> FileEntry:
+def write_bytes(uri: str, data: bytes | memoryview) -> FileEntry:
     """Write a file in one atomic step; the entry's path is the file's name."""
     with _explained("write to", uri):
         _put(uri, data)
     return FileEntry(path=uri.rsplit("/", 1)[-1], bytes=len(data), sha256=sha256(data))
 
 
-def _put(uri: str, data: bytes) -> None:
+def _put(uri: str, data: bytes | memoryview) -> None:
     fs, path = _open_fs(uri)
     if isinstance(fs, LocalFileSystem):
         _write_local(Path(path), data)
     else:
-        fs.pipe_file(path, data)
+        fs.pipe_file(path, bytes(data))
 
 
-def _write_local(path: Path, data: bytes) -> None:
+def _write_local(path: Path, data: bytes | memoryview) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

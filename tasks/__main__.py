@@ -1,9 +1,12 @@
 """The command line, `ddpm`. Exit codes: 0 done, 2 the user's mistake, 130 Ctrl-C, 1 the rest."""
 
+import contextlib
+import functools
 import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +36,7 @@ from tasks.console import (
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
+    from pipeline.data.pieces import LookInto, Piece
     from tasks.workflow import Plan
 
 app = typer.Typer(
@@ -129,31 +133,35 @@ def _run_stages(config_path: str, overrides: list[str] | None, target: str) -> N
     config, tracking_uri = _load(config_path, overrides)
     storage.check_writable(config.storage)
     log = log_to_file(config.storage)
-    with Board() as board:
-        bar = board.add("source")
-
-        def show(done: int, total: int) -> None:
-            if done == 0:
-                bar.start(total, "files")
-            bar.update(done)
-
-        plan = _plan(config, tracking_uri, target, remember=True, progress=show)
-        num_images, num_classes = plan.source.items.num_rows, len(plan.source.class_names)
-        bar.close(f"{num_images:,} images" + (f" of {num_classes} classes" if num_classes else ""))
-    _print_plan(plan)
-    if target != "preprocess":
-        from pipeline.registry.runs import make_client
-
-        make_client(tracking_uri)  # a store that cannot be used is better found before the work
 
     from tasks import cluster, workflow
+    from tasks.preprocess import look_on_cluster
 
-    if all(stage.done for stage in plan.stages):
-        results = [workflow.StageResult(stage.spec.name, "cached", 0.0) for stage in plan.stages]
-    else:
-        with cluster.connect(config.cluster) as ray_logs:
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def start_ray() -> None:
+            """Once, and only if there is something for it to do."""
+            ray_logs = stack.enter_context(cluster.connect(config.cluster))
             _treat_sigterm_as_ctrl_c()
             logging.info("the logs of Ray are in %s", ray_logs)
+
+        def look_into(pieces: list["Piece"], keep_in: str | None) -> Iterator[tuple[int, Any]]:
+            start_ray()
+            return look_on_cluster(pieces, keep_in)
+
+        plan = _plan_visibly(config, tracking_uri, target, look_into)
+        _print_plan(plan)
+        if target != "preprocess":
+            from pipeline.registry.runs import make_client
+
+            make_client(tracking_uri)  # a store that cannot be used is better found before the work
+
+        if all(stage.done for stage in plan.stages):
+            names = [stage.spec.name for stage in plan.stages]
+            results = [workflow.StageResult(name, "cached", 0.0) for name in names]
+        else:
+            start_ray()
             with Board() as board:
                 results = workflow.run(plan, board)
 
@@ -165,6 +173,25 @@ def _run_stages(config_path: str, overrides: list[str] | None, target: str) -> N
         )
     console.print(table)
     _print_where_to_look(plan, target, log)
+
+
+def _plan_visibly(
+    config: "RunConfig", tracking_uri: str, target: str, look_into: "LookInto"
+) -> "Plan":
+    with Board() as board:
+        bar = board.add("source")
+
+        def show(done: int, total: int) -> None:
+            if done == 0:
+                bar.start(total, "files")
+            bar.update(done)
+
+        plan = _plan(
+            config, tracking_uri, target, remember=True, progress=show, look_into=look_into
+        )
+        num_images, num_classes = plan.source.items.num_rows, len(plan.source.class_names)
+        bar.close(f"{num_images:,} images" + (f" of {num_classes} classes" if num_classes else ""))
+    return plan
 
 
 def _print_plan(plan: "Plan") -> None:

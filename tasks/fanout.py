@@ -4,9 +4,7 @@ Images are addressed by (seed, index), so how they are dealt to tasks has no par
 """
 
 import functools
-from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import ray
 
@@ -15,6 +13,7 @@ from pipeline.samplers.model import Model
 from pipeline.serving import offline
 from pipeline.serving.engine import ImageRequest, Mode
 from pipeline.serving.offline import Drawn
+from tasks import in_flight
 from tasks.cluster import worker_device
 
 IMAGES_PER_TASK = 48
@@ -48,13 +47,10 @@ def draw_on_cluster(
         uri: of the model, see `load_model`.
     """
     remote = _draw_task.options(num_cpus=1, num_gpus=gpus_per_task)
-    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # bounds what waits in memory
-    starts = deque(range(0, len(requests), IMAGES_PER_TASK))
-    running: dict[Any, int] = {}
-    while starts or running:
-        while starts and len(running) < limit:
-            start = starts.popleft()
-            chunk = list(requests[start : start + IMAGES_PER_TASK])
-            running[remote.remote(uri, tracking_uri, chunk, mode)] = start
-        (ready, *_), _ = ray.wait(list(running), num_returns=1)
-        yield running.pop(ready), ray.get(ready)
+    starts = range(0, len(requests), IMAGES_PER_TASK)
+    calls = [
+        (uri, tracking_uri, list(requests[start : start + IMAGES_PER_TASK]), mode)
+        for start in starts
+    ]
+    for i, drawn in in_flight.results(remote, calls):
+        yield starts[i], drawn

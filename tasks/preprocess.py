@@ -1,24 +1,30 @@
 """Preprocess: a source of images to a ShardSet, one Ray task an input shard.
 
+What is in the source's files is found by tasks, too, unless an earlier scan has found it.
+
 A task writes its parts, then a record `parts/00003.json` of what is in them; a record that stands
 is not made again, so a killed run loses at most the shards that were being worked on. The records
 of a finished ShardSet are kept in `shards.json`, by which a later one, of a source that has changed
 here and there, takes over the parts of the shards that have not.
 """
 
-from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pyarrow as pa
 import ray
 
 from pipeline import storage
+from pipeline.data.input_shards import InputShard, cut
+from pipeline.data.pieces import Piece, look
 from pipeline.data.preprocess import preprocess_shard, record_uri, shard_digest
 from pipeline.data.shards import part_path
-from pipeline.data.sources import DataConfig, InputShard, Source, cut
+from pipeline.data.sources import DataConfig, Source
 from pipeline.data.summary import CONTACT_SHEET, contact_sheet, left_out, summary
 from pipeline.errors import DataError
 from pipeline.storage import FileEntry
+from tasks import in_flight
 from tasks.stage import Outcome, StageContext
 
 SHARDS = "shards.json"
@@ -29,6 +35,13 @@ NUM_EARLIER = 5
 def index_folder(storage_uri: str) -> str:
     """Where what a scan found in the files of its source is remembered."""
     return storage.join(storage_uri, "index")
+
+
+def look_on_cluster(pieces: list[Piece], keep_in: str | None) -> Iterator[tuple[int, pa.Table]]:
+    """`LookInto` of pipeline.data.pieces, in tasks."""
+    return in_flight.results(
+        ray.remote(max_retries=3)(look), [(piece, keep_in) for piece in pieces]
+    )
 
 
 def run(ctx: StageContext, source: Source) -> Outcome:
@@ -45,17 +58,12 @@ def run(ctx: StageContext, source: Source) -> Outcome:
     num_items = [shard.items.num_rows for shard in shards]
     ctx.progress.start(source.items.num_rows, "images", sum(num_items[i] for i in records))
 
-    task = ray.remote(max_retries=3)(preprocess_shard)
-    todo = deque(shard for shard in shards if shard.index not in records)
-    # a few in flight per CPU: enough to hide the driver, few enough to bound memory
-    limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    running: dict[Any, int] = {}
-    while todo or running:
-        while todo and len(running) < limit:
-            shard = todo.popleft()
-            running[task.remote(shard, config, names, ctx.folder)] = shard.index
-        (ready, *_), _ = ray.wait(list(running), num_returns=1)
-        records[running.pop(ready)] = ray.get(ready)
+    # the largest first, so that all workers end at about the same time
+    todo = [shard for shard in shards if shard.index not in records]
+    todo.sort(key=lambda shard: -shard.items.num_rows)
+    calls = [(shard, config, names, ctx.folder) for shard in todo]
+    for i, record in in_flight.results(ray.remote(max_retries=3)(preprocess_shard), calls):
+        records[todo[i].index] = record
         ctx.progress.update(
             sum(num_items[i] for i in records), f"{len(records)} of {len(shards)} shards"
         )

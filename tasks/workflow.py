@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.config import RunConfig
+from pipeline.data.pieces import LookInto, look_on_threads
 from pipeline.data.preprocess import SHARD_SET_FORMAT
 from pipeline.data.sources import Source, scan
 from pipeline.errors import StorageError
@@ -109,19 +110,21 @@ def plan(
     target: str = "sample",
     remember: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    look_into: LookInto = look_on_threads,
 ) -> Plan:
     """Look at the source and the storage: what stands, what must run and why.
 
     Starts nothing and writes nothing, unless what is found in the source's files is to be
-    remembered.
+    remembered, or `look_into` does.
 
     Args:
         progress: called with the number of the source's files that were looked into, and of all.
+        look_into: how to look into many files that no earlier scan has.
     """
     from tasks import preprocess, register
 
     index = preprocess.index_folder(config.storage)
-    source = scan(config.data, index, remember, progress)
+    source = scan(config.data, index, remember, progress, look_into)
     planned: dict[str, PlannedStage] = {}
     for spec in needed_for(target):
         sections = _sections(config, spec)

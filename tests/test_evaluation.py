@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data import sources
+from pipeline.data import input_shards, sources
 from pipeline.data.shards import NO_LABEL, ImageSet
 from pipeline.evaluation.features import (
     TrainedClassifier,
@@ -23,8 +23,8 @@ from tests.test_engine import make_model
 def digits() -> tuple[ImageSet, ImageSet]:
     """The real digits, the first 300 held out."""
     config = sources.DataConfig(source="builtin:digits", image_size=8, channels=1)
-    (shard,) = sources.cut(sources.scan(config), 4000)
-    items, raws = zip(*sources.read(shard), strict=True)
+    (shard,) = input_shards.cut(sources.scan(config), 4000)
+    items, raws = zip(*input_shards.read(shard), strict=True)
     images = np.stack([np.asarray(raw) for raw in raws])
     labels = np.array([item.label for item in items])
     keys = [item.key for item in items]

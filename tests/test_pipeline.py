@@ -8,6 +8,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -381,6 +382,39 @@ def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> No
     assert len(inodes[1] & inodes[0]) > 30
     assert damaged.stat().st_ino not in inodes[1]
     assert sum(json.loads((newest / "manifest.json").read_text())["stats"]["class_counts"]) == 121
+
+
+def test_archives_are_looked_into_by_tasks_of_which_one_is_killed_and_one_finds_damage(
+    tmp_path: Path,
+) -> None:
+    make_photos(tmp_path / "photos", count=2, copies=3)
+    archives = tmp_path / "archives"
+    archives.mkdir()
+    with tarfile.open(archives / "0.tar.gz", "w:gz", compresslevel=1, dereference=True) as tar:
+        for photo in sorted((tmp_path / "photos").rglob("*.png")):
+            tar.add(photo, photo.relative_to(tmp_path / "photos"))
+    for i in range(1, 8):
+        os.link(archives / "0.tar.gz", archives / f"{i}.tar.gz")
+    command = tiny_command("preprocess", f"data.source={archives}", *PHOTOS)
+    place = Workplace(tmp_path)
+    process = place.start(*command)
+    try:
+        wait_for(lambda: ray_workers(process.pid, "ray::look"), 60, "a task")[0].kill()
+        output, _ = process.communicate(timeout=120)
+    finally:
+        end(process)
+    assert process.returncode == 0, output
+    stats = place.manifest("preprocess")["stats"]
+    assert stats["class_counts"] == [24, 24]
+    assert len(list((tmp_path / "runs" / "index").iterdir())) == 8
+
+    (archives / "a.tar.gz").write_bytes(b"rubbish")
+    os.link(archives / "0.tar.gz", archives / "b.tar.gz")
+    output = place.ddpm(*command, code=2)
+    assert output.splitlines()[-1].startswith(
+        f"error: data.source: {archives}/a.tar.gz is truncated"
+    )
+    assert "Traceback" not in output
 
 
 def test_more_bad_images_than_allowed_are_refused() -> None:

@@ -1,6 +1,8 @@
 """From an input shard to its parts, and what is said of them."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.config import load_config
+from pipeline.data.input_shards import cut
 from pipeline.data.preprocess import preprocess_shard, record_uri
 from pipeline.data.shards import images_of
-from pipeline.data.sources import DataConfig, cut, scan
+from pipeline.data.sources import DataConfig, scan
 from pipeline.data.summary import contact_sheet, left_out, summary
 from pipeline.errors import ConfigError
 from pipeline.storage import FileEntry
@@ -120,3 +123,46 @@ def test_shards_too_large_for_the_memory_of_a_task_are_refused() -> None:
     ):
         load_config(digits, [*sets, "data.images_per_shard=1024"])
     load_config(digits, [*sets, "data.images_per_shard=682"])
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from pipeline.data.input_shards import cut
+from pipeline.data.preprocess import preprocess_shard
+from pipeline.data.sources import DataConfig, scan
+
+def peak():  # resource's is never below that of the process that started this one
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+first, rest = (
+    DataConfig(source=source, image_size=256, channels=3, drop_duplicates=False, holdout=0.0,
+               images_per_shard=600, encoding=sys.argv[2])
+    for source in (sys.argv[1] + "/first", sys.argv[1] + "/rest")
+)
+(small,), (large,) = (cut(scan(config), config.images_per_shard) for config in (first, rest))
+preprocess_shard(small, first, [], sys.argv[1] + "/out")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = peak()
+preprocess_shard(large, rest, [], sys.argv[1] + "/out")
+print(large.items.num_rows, peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures as Linux does")
+@pytest.mark.parametrize(("encoding", "times"), [("raw", 2), ("png", 3)])
+def test_a_task_takes_the_memory_that_is_stated(tmp_path: Path, encoding: str, times: int) -> None:
+    """By MAX_SHARD_BYTES; in a process of its own, for its peak. Noise is as large as PNG."""
+    rng = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (256, 256, 3), np.uint8)).save(buffer, "PNG")
+    for i in range(304):
+        path = tmp_path / ("first" if i < 4 else "rest") / f"{i:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+    command = [sys.executable, "-c", PEAK, str(tmp_path), encoding]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rows, grown = map(int, output.split())
+    decoded = rows * 256 * 256 * 3
+    assert decoded < grown < times * decoded + 2**24

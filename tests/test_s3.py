@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
-from pipeline.data.sources import DataConfig, cut, read, scan
+from pipeline.data.input_shards import cut, read
+from pipeline.data.sources import DataConfig, scan
 from pipeline.errors import StorageError
 from tests.conftest import Workplace, tiny_command
 

@@ -18,10 +18,11 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
-from pipeline.data import sources
+from pipeline.data import pieces
 from pipeline.data.formats import loose
+from pipeline.data.input_shards import cut, read
 from pipeline.data.listing import absolute, list_files
-from pipeline.data.sources import DataConfig, Source, cut, read, scan
+from pipeline.data.sources import DataConfig, Source, scan
 from pipeline.errors import DataError
 from tests.conftest import ROOT
 
@@ -275,7 +276,7 @@ def test_a_second_scan_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: object, **__: object) -> Any:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(sources, "_index", refuse)
+    monkeypatch.setattr(pieces, "look", refuse)
     again = scan(config(tmp_path / "set"), index)
     assert again.fingerprint == first.fingerprint
     assert again.items.equals(first.items)
@@ -378,7 +379,7 @@ def test_images_that_cannot_be_read_are_no_duplicates_of_each_other(tmp_path: Pa
 
 
 def cut_keys(keys: list[str], mean: int) -> list[list[str]]:
-    return [keys[run.start : run.stop] for run in sources._cut(keys, mean)]
+    return [keys[run.start : run.stop] for run in pieces.runs(keys, mean)]
 
 
 @pytest.mark.parametrize("mean", [1, 2, 7, 64, 1000])
@@ -440,8 +441,8 @@ def test_the_listing_is_sorted_and_has_no_hidden_files(tmp_path: Path) -> None:
     assert place.uri == str(tmp_path)
     names = [file.name for file in files]
     assert names == sorted(names) == [*sorted(LABELS)[:2], "dogs/c.webp", "dogs/notes.txt", "e.png"]
-    assert sources.format_of(place, "a.PNG") is loose
-    assert sources.format_of(place, "a.txt") is None
+    assert pieces.format_of(place, "a.PNG") is loose
+    assert pieces.format_of(place, "a.txt") is None
 
 
 def test_the_builtin_digits_are_in_no_folder(tmp_path: Path) -> None:

@@ -193,18 +193,22 @@ def grid(
         top, left = gap + i // columns * cell_h, gap + i % columns * cell_w
         big = image.repeat(scale, axis=0).repeat(scale, axis=1)
         sheet[top : top + height * scale, left : left + width * scale] = big
-    return png(sheet)
+    return png(sheet, level=1)
 
 
-def png(pixels: np.ndarray, text: dict[str, str] | None = None) -> bytes:
-    """(H, W, C) uint8 as PNG bytes, with `text` in its metadata."""
+def png(pixels: np.ndarray, text: dict[str, str] | None = None, level: int = 6) -> bytes:
+    """(H, W, C) uint8 as PNG bytes, with `text` in its metadata.
+
+    Args:
+        level: of compression; 1 takes a fifth of the time and makes files up to a sixth larger.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for name, value in (text or {}).items():
         info.add_itxt(name, value)
     buffer = io.BytesIO()
-    to_pil(pixels).save(buffer, format="PNG", pnginfo=info)
+    to_pil(pixels).save(buffer, format="PNG", pnginfo=info, compress_level=level)
     return buffer.getvalue()
 
 

@@ -2,7 +2,6 @@
 
 import uuid
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 from fsspec.core import url_to_fs
@@ -103,4 +102,4 @@ def _listed(name: str, info: dict[str, Any], is_s3: bool) -> ListedFile:
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in PurePosixPath(name).parts)
+    return "/." in f"/{name}"

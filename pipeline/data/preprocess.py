@@ -7,12 +7,13 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.data.images import BadImage, decode
+from pipeline.data.input_shards import InputShard, read
 from pipeline.data.shards import SPLITS, encode_part, part_path, split_of
-from pipeline.data.sources import DataConfig, InputShard, read
+from pipeline.data.sources import DataConfig
 
 NOT_IN_PARTS = {"source", "labels", "class_names", "max_bad_fraction", "images_per_shard"}
 """Keys of DataConfig that have no part in what is made of the items of a shard."""
-SHARD_SET_FORMAT = 2
+SHARD_SET_FORMAT = 3
 """Raised when the same source gives other parts."""
 MEASURED_EVERY = 8
 """Mean and deviation of the pixels are of every eighth training image of a shard."""
@@ -36,10 +37,14 @@ def preprocess_shard(
 ) -> dict[str, Any]:
     """Decode the images of one input shard and write its parts; returns its record.
 
-    In memory are the decoded pixels of the shard, at most 2 · images_per_shard images, the parts
+    In memory are the decoded pixels of the shard, at most 2 · images_per_shard images, a part
     encoded from them, and one image in its source's size.
     """
-    splits: dict[str, list[tuple[np.ndarray, int | None, str]]] = {name: [] for name in SPLITS}
+    shape = (shard.items.num_rows, config.image_size, config.image_size, config.channels)
+    # memory that is not written to is not taken: together they hold each image once
+    images = {split: np.empty(shape, np.uint8) for split in SPLITS}
+    labels: dict[str, list[int | None]] = {split: [] for split in SPLITS}
+    keys: dict[str, list[str]] = {split: [] for split in SPLITS}
     bad: list[dict[str, str]] = []
     small, narrow = 0, 0
     sizes: Counter[tuple[int, int]] = Counter()
@@ -58,38 +63,42 @@ def preprocess_shard(
             narrow += 1
         else:
             sizes[decoded.width, decoded.height] += 1
-            row = (decoded.pixels, item.label, item.key)
-            splits[split_of(item.key, config.holdout)].append(row)
+            split = split_of(item.key, config.holdout)
+            images[split][len(keys[split])] = decoded.pixels
+            labels[split].append(item.label)
+            keys[split].append(item.key)
 
     files = []
-    sample = np.zeros((0, 1, 1, config.channels), np.uint8)
-    for split, rows in splits.items():
-        if not rows:
+    for split in SPLITS:
+        if not keys[split]:
             continue
-        images = np.stack([pixels for pixels, _, _ in rows])
-        labels, keys = [label for _, label, _ in rows], [key for _, _, key in rows]
-        if split == "train":
-            sample = images[::MEASURED_EVERY]
-        path = part_path(split, shard.index)
-        part = encode_part(images, labels, keys, class_names, config.encoding)
-        entry = storage.write_bytes(storage.join(folder, path), part)
+        path, whole = part_path(split, shard.index), images[split][: len(keys[split])]
+        entry = storage.write_bytes(
+            storage.join(folder, path),
+            encode_part(whole, labels[split], keys[split], class_names, config.encoding),
+        )
         files.append({**entry.model_dump(), "path": path})
-    all_labels = [label for rows in splits.values() for _, label, _ in rows]
-    counts = Counter(all_labels)
+    counts = Counter(label for split in SPLITS for label in labels[split])
+    sample = images["train"][: len(keys["train"]) : MEASURED_EVERY]
     record = {
         "digest": shard_digest(shard, config, class_names),
         "files": files,
-        "num_images": {split: len(rows) for split, rows in splits.items()},
+        "num_images": {split: len(keys[split]) for split in SPLITS},
         "class_counts": [counts[i] for i in range(len(class_names))],
         "num_unlabelled": counts[None],
         "bad": bad,
         "num_too_small": small,
         "num_too_narrow": narrow,
         "sizes": [[width, height, count] for (width, height), count in sorted(sizes.items())],
-        "histograms": [
-            np.bincount(sample[..., channel].ravel(), minlength=256).tolist()
-            for channel in range(config.channels)
-        ],
+        "histograms": [_histogram(sample[..., channel]) for channel in range(config.channels)],
     }
     storage.write_json(record_uri(folder, shard.index), record)
     return record
+
+
+def _histogram(images: np.ndarray) -> list[int]:
+    """How often each value stands in (N, H, W) uint8."""
+    found = np.zeros(256, np.int64)
+    for image in images:  # bincount widens what it is given to 64 bits
+        found += np.bincount(image.ravel(), minlength=256)
+    return [int(count) for count in found]

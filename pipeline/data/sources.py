@@ -1,35 +1,38 @@
-"""Where images come from: what there is, with a hash of each, and how to read it.
+"""Where images come from: what there is, with the label and a hash of each.
 
-A source is scanned once, on the driver: its files are listed, and each is looked into by its
-format. What was found in a file is kept in the storage under the file's name, size and time, so a
-second scan only lists. The images, in the order in which they lie in their files, are then cut
-into input shards, each of which is read by whoever preprocesses it.
+A source is scanned once: its files are listed, each is looked into (pieces.py), and the images, in
+the order in which they lie in their files, get their final labels. input_shards.py cuts them into
+shards, each of which is read by whoever preprocesses it.
 """
 
+import functools
 import hashlib
-import io
-import itertools
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from pipeline import storage
-from pipeline.data.formats import arrays, cifar, digits, idx, loose, parquet, tar_files, zip_files
-from pipeline.data.formats.common import IMAGE_SUFFIXES, Member, Place
+from pipeline.data.formats.common import IMAGE_SUFFIXES, Place
 from pipeline.data.labels import Label, find_label, read_labels
-from pipeline.data.listing import BUILTIN, ListedFile, list_files
+from pipeline.data.listing import BUILTIN, list_files
+from pipeline.data.pieces import (
+    FORMATS,
+    LookInto,
+    Piece,
+    look_on_threads,
+    pieces_of,
+    recall,
+)
 from pipeline.errors import DataError
 
 MAX_SHARD_BYTES = 2**30
-"""Decoded pixels of a shard; while they are encoded a task holds them three times."""
+"""Decoded pixels of a shard. A task holds them once, a second time while it writes them, encoded, a
+third time if they are encoded as PNG, and once more if the storage is remote."""
 
 
 class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -82,44 +85,7 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return names
 
 
-def format_of(place: Place, name: str) -> ModuleType | None:
-    """The module of `pipeline.data.formats` that reads a file of this name, if there is one."""
-    if place.uri == BUILTIN:
-        return digits
-    low = name.lower()
-    if low.endswith(IMAGE_SUFFIXES):
-        return loose
-    if idx.is_images(low):
-        return idx
-    return next((module for suffixes, module in FORMATS if low.endswith(suffixes)), None)
-
-
-FORMATS: tuple[tuple[tuple[str, ...], ModuleType], ...] = (
-    ((".tar", ".tar.gz", ".tgz"), tar_files),
-    ((".zip",), zip_files),
-    ((".parquet",), parquet),
-    ((".npy", ".npz"), arrays),
-    ((".bin",), cifar),
-)
-"""By the end of a file's name; besides, image files and IDX files, whose names are known whole."""
-
 MAX_CLASSES = 2**20
-LOOSE_FILES_PER_PIECE = 1024
-PIECE_FORMAT = 1
-"""Raised when the formats find something else in the same files."""
-
-ITEMS = pa.schema(
-    [
-        ("key", pa.string()),  # where the lineage of a training image ends
-        ("file", pa.string()),
-        ("where", pa.list_(pa.int64())),  # in that file, as its format means it
-        ("number", pa.int64()),  # the label, if it is a number
-        ("name", pa.string()),  # the label, if it is the name of a class
-        ("digest", pa.string()),  # of the content, empty if it cannot be read
-        ("bad", pa.string()),  # why it cannot be used, if that is known already
-    ]
-)
-"""The images of a source, unread; after the scan, `number` is the final label of each."""
 
 
 @dataclass(frozen=True)
@@ -137,31 +103,12 @@ class Source:
     """What the images are, whatever the place they lie in or the time they were written."""
 
 
-@dataclass(frozen=True)
-class InputShard:
-    """A run of a source's items, preprocessed by one task into one part."""
-
-    index: int
-    source: str
-    place: Place
-    items: pa.Table
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One image of a shard."""
-
-    key: str
-    label: int | None
-    digest: str
-    bad: str
-
-
 def scan(
     config: DataConfig,
     index_folder: str | None = None,
     remember: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    look_into: LookInto = look_on_threads,
 ) -> Source:
     """List a source's images with their labels and hashes.
 
@@ -170,42 +117,20 @@ def scan(
             again while their size and modification mark are the same.
         remember: add to that folder.
         progress: called with the number of files looked into, and of all.
+        look_into: how to look into files that are not known, where there is more than one piece.
 
     Raises:
         DataError: the source is missing, damaged or holds no image; or its labels do not fit.
     """
     place, files = list_files(config.source)
-    pieces = _pieces(place, files)
+    pieces = pieces_of(place, files)
     if not pieces:
         raise DataError(
             f"data.source={config.source!r} holds no image ({len(files)} files looked at; images "
             f"end in {', '.join(IMAGE_SUFFIXES)}, archives and arrays in "
             f"{', '.join(suffix for suffixes, _ in FORMATS for suffix in suffixes)})"
         )
-
-    def look(piece: _Piece) -> pa.Table:
-        if index_folder is None or place.uri == BUILTIN:
-            return _index(place, piece)
-        uri = storage.join(index_folder, f"{piece.digest}.parquet")
-        known = _read_piece(uri)
-        if known is not None:
-            return known
-        found = _index(place, piece)
-        if remember:
-            sink = io.BytesIO()
-            pq.write_table(found, sink, compression="zstd")
-            storage.write_bytes(uri, sink.getvalue())
-        return found
-
-    tables, done = [], 0
-    num_files = sum(len(piece.files) for piece in pieces)
-    progress(0, num_files)
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        for piece, table in zip(pieces, pool.map(look, pieces), strict=True):
-            tables.append(table)
-            done += len(piece.files)
-            progress(done, num_files)
-    items = pa.concat_tables(tables)
+    items = _items(pieces, index_folder, remember, progress, look_into)
     if not items.num_rows:
         raise DataError(f"data.source={config.source!r} holds no image: its files are empty")
     items, class_names = _with_labels(config, items)
@@ -215,93 +140,40 @@ def scan(
     )
 
 
-# --- looking into files -------------------------------------------------------------------------
+def _items(
+    pieces: list[Piece],
+    index_folder: str | None,
+    remember: bool,
+    progress: Callable[[int, int], None],
+    look_into: LookInto,
+) -> pa.Table:
+    """ITEMS of all pieces, in their order."""
+    if pieces[0].place.uri == BUILTIN:  # another version of its package may have other images
+        index_folder = None
+    tables: dict[int, pa.Table] = {}
+    num_files, done = sum(len(piece.files) for piece in pieces), 0
 
+    def found(i: int, table: pa.Table) -> None:
+        nonlocal done
+        tables[i] = table
+        done += len(pieces[i].files)
+        progress(done, num_files)
 
-@dataclass(frozen=True)
-class _Piece:
-    """Files that are looked into together: one archive, or many image files."""
-
-    format: ModuleType
-    files: Sequence[ListedFile]
-    digest: str
-
-
-def _pieces(place: Place, files: list[ListedFile]) -> list[_Piece]:
-    images, pieces = [], []
-    for file in files:
-        module = format_of(place, file.name)
-        if module is loose:
-            images.append(file)
-        elif module in (idx, cifar):  # their labels, or the names of classes, lie beside them
-            folder = file.name.rpartition("/")[0]
-            beside = [
-                other
-                for other in files
-                if other.name.rpartition("/")[0] == folder and format_of(place, other.name) is None
-            ]
-            pieces.append(_piece(place, module, [file], beside))
-        elif module is not None:
-            pieces.append(_piece(place, module, [file], []))
-    for run in _cut([file.name for file in images], LOOSE_FILES_PER_PIECE):
-        pieces.append(_piece(place, loose, images[run.start : run.stop], []))
-    return pieces
-
-
-def _piece(
-    place: Place, module: ModuleType, files: list[ListedFile], beside: list[ListedFile]
-) -> _Piece:
-    marks = [(file.name, file.size, file.mark) for file in (*files, *beside)]
-    return _Piece(module, files, storage.digest([PIECE_FORMAT, module.__name__, place.uri, marks]))
-
-
-def _read_piece(uri: str) -> pa.Table | None:
-    try:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return None
-    return table if table.schema.equals(ITEMS) else None
-
-
-def _index(place: Place, piece: _Piece) -> pa.Table:
-    """ITEMS of the piece's files."""
-    rows: list[tuple[str, str, Member]] = []
-    for file in piece.files:
-        if piece.format is loose and file.etag:  # the store has hashed it already
-            rows.append((file.name, file.name, Member("", None, f"etag:{file.etag}")))
-            continue
-        try:
-            for member in piece.format.index(place, file.name):
-                rows.append((_key(piece.format, file.name, member), file.name, member))
-        except DataError:
-            raise
-        except Exception as error:  # whatever the package of that scheme raises
-            raise place.error(
-                file.name, f"cannot be read: {error}; run the same command again"
-            ) from error
-    labels = [_folder(name) if piece.format is loose else member.label for _, name, member in rows]
-    return pa.table(
-        [
-            [key for key, _, _ in rows],
-            [name for _, name, _ in rows],
-            [list(member.where) for _, _, member in rows],
-            [label if isinstance(label, int) else None for label in labels],
-            [label if isinstance(label, str) else None for label in labels],
-            [member.digest for _, _, member in rows],
-            [member.bad for _, _, member in rows],
-        ],
-        schema=ITEMS,
-    )
-
-
-def _key(module: ModuleType, file: str, member: Member) -> str:
-    stem = idx.stem(file) if module is idx else file
-    return f"{stem}/{member.name}" if member.name else stem
-
-
-def _folder(name: str) -> str | None:
-    """The class of an image file: the first folder of its path."""
-    return name.split("/", 1)[0] if "/" in name else None
+    progress(0, num_files)
+    if index_folder is not None:
+        recalled = functools.partial(recall, folder=index_folder)
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            for i, table in enumerate(pool.map(recalled, pieces)):
+                if table is not None:
+                    found(i, table)
+    unknown = [i for i in range(len(pieces)) if i not in tables]
+    if len(unknown) == 1:  # there is nothing to share out
+        look_into = look_on_threads
+    keep_in = index_folder if remember else None
+    if unknown:
+        for j, table in look_into([pieces[i] for i in unknown], keep_in):
+            found(unknown[j], table)
+    return pa.concat_tables(tables[i] for i in range(len(pieces)))
 
 
 # --- labels, duplicates, identity ---------------------------------------------------------------
@@ -378,85 +250,3 @@ def _fingerprint(items: pa.Table, class_names: list[str]) -> str:
     for row in zip(*columns, strict=True):
         found.update(repr(row).encode())
     return found.hexdigest()
-
-
-# --- input shards -------------------------------------------------------------------------------
-
-
-def cut(source: Source, images_per_shard: int) -> list[InputShard]:
-    """The source's items in runs of `images_per_shard` on average, from half to twice as many.
-
-    A run ends at a key whose hash says so, so images that come or go change the runs they are in,
-    and no run far from them.
-    """
-    keys = source.items["key"].to_pylist()
-    return [
-        InputShard(i, source.uri, source.place, source.items.slice(run.start, len(run)))
-        for i, run in enumerate(_cut(keys, images_per_shard))
-    ]
-
-
-def _cut(keys: list[str], mean: int) -> Iterator[range]:
-    least, most = max(1, mean // 2), 2 * mean
-    start = 0
-    for i, key in enumerate(keys):
-        length = i + 1 - start
-        # beyond the least, the chance of an end is such that the mean length is `mean`
-        is_end = zlib.crc32(key.encode()) % (mean - least + 1) == 0
-        if length == most or (length >= least and is_end):
-            yield range(start, i + 1)
-            start = i + 1
-    if start < len(keys):
-        yield range(start, len(keys))
-
-
-def read(shard: InputShard) -> Iterator[tuple[Item, bytes | np.ndarray | None]]:
-    """Each item of a shard with its content: an encoded file, or (H, W, C) uint8 pixels.
-
-    What is known to be bad comes as None.
-
-    Raises:
-        DataError: a file is not what the scan found, or cannot be read now.
-    """
-    rows = shard.items.to_pylist()
-    contents = _contents(shard.place, [row for row in rows if not row["bad"]])
-    for row in rows:
-        item = Item(row["key"], row["number"], row["digest"], row["bad"])
-        if item.bad:
-            yield item, None
-            continue
-        try:
-            raw = next(contents)
-        except (FileNotFoundError, StopIteration):
-            raw = b""
-        except DataError:
-            raise
-        except Exception as error:  # whatever the package of that scheme raises
-            raise shard.place.error(
-                row["file"], f"cannot be read: {error}; run the same command again"
-            ) from error
-        if not _is_same(raw, item.digest, shard.place, row["file"]):
-            raise DataError(
-                f"data.source={shard.source!r}: the image {item.key!r} changed while the source "
-                "was being read; run the same command again"
-            )
-        yield item, raw
-
-
-def _contents(place: Place, rows: list[dict[str, Any]]) -> Iterator[bytes | np.ndarray]:
-    for module, run in itertools.groupby(rows, key=lambda row: format_of(place, row["file"])):
-        if module is loose:
-            yield from place.read_many([row["file"] for row in run])
-            continue
-        assert module is not None  # the scan read it
-        for file, members in itertools.groupby(run, key=lambda row: row["file"]):
-            yield from module.read(place, file, [tuple(row["where"]) for row in members])
-
-
-def _is_same(raw: bytes | np.ndarray, digest: str, place: Place, file: str) -> bool:
-    content = raw if isinstance(raw, bytes) else np.ascontiguousarray(raw).data
-    if not digest.startswith("etag:"):
-        return hashlib.sha256(content).hexdigest() == digest
-    etag = digest.removeprefix("etag:")
-    # usually an MD5; what else it may be only the store knows
-    return hashlib.md5(content).hexdigest() == etag or place.etag(file) == etag

@@ -13,11 +13,11 @@ decoding, resizing, Parquet, manifest), against
   as ours are, since its tensor column is far slower. The faster of the two counts. It neither
   hashes, nor sets aside a bad image, nor can it be resumed;
 - the floor: a bare loop in one process that reads each file and gives it to the decoder of
-  pipeline/data/images.py, times the number of workers.
+  pipeline/data/images.py, times the number of workers; and as many such loops at the same time,
+  each over its share of the files, by which one sees what the cores take from each other.
 
 Ray and its workers are started before any clock; then all arms run in alternation, and medians
-count. Our shards have 256 images, so that two workers are busy to the end. The images are made
-here, of smooth noise in several octaves with sharp edges.
+count. The images are made here, of smooth noise in several octaves with sharp edges.
 
 --scale shows instead that time grows linearly and memory does not: 1, 4 and 16 times as many 64x64
 images. --decoders compares ways to decode and resize: images/s in one process, and how far the
@@ -32,6 +32,7 @@ import contextlib
 import io
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import statistics
@@ -41,6 +42,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported
@@ -180,6 +182,7 @@ def preprocess(source: str, folder: Path, count: int) -> float:
     """The seconds that the stage takes, from listing the source to the manifest."""
     from tasks import workflow
     from tasks.console import Board
+    from tasks.preprocess import look_on_cluster
 
     uri = f"{folder}/{time.monotonic_ns()}"
     values = {
@@ -187,13 +190,14 @@ def preprocess(source: str, folder: Path, count: int) -> float:
         "data.source": source,
         "data.image_size": TARGET,
         "data.channels": 3,
-        "data.images_per_shard": 256,
         "network.attention_at": "[]",
     }
     config = load_config(str(CONFIG), [f"{key}={value}" for key, value in values.items()])
     with contextlib.redirect_stdout(io.StringIO()):
         begin = time.perf_counter()
-        plan = workflow.plan(config, f"sqlite:///{uri}/mlflow.db", "preprocess", remember=True)
+        plan = workflow.plan(
+            config, f"sqlite:///{uri}/mlflow.db", "preprocess", True, look_into=look_on_cluster
+        )
         workflow.run(plan, Board())
         seconds = time.perf_counter() - begin
     manifest = storage.read_manifest(plan.folder("preprocess"))
@@ -231,13 +235,31 @@ def ray_data(source: str, folder: Path, count: int, resized_by_reader: bool) -> 
     return seconds
 
 
-def floor(source: str, folder: Path, count: int) -> float:
-    """The seconds that a bare loop takes in one process, divided by the number of workers."""
-    paths = sorted(Path(source).rglob("*.*"))
+def decode_all(paths: list[Path], ready: Barrier | None = None) -> float:
+    """The seconds that a bare loop over the files takes."""
+    decode(paths[0].read_bytes(), TARGET, 3)
+    if ready:
+        ready.wait()
     begin = time.perf_counter()
     for path in paths:
         decode(path.read_bytes(), TARGET, 3)
-    return (time.perf_counter() - begin) / WORKERS
+    return time.perf_counter() - begin
+
+
+def floor(source: str) -> float:
+    """Of one process, by the number of workers."""
+    return decode_all(sorted(Path(source).rglob("*.*"))) / WORKERS
+
+
+def floor_at_once(source: str) -> float:
+    """Of as many processes as workers, a part of the files each, all at the same time."""
+    paths = sorted(Path(source).rglob("*.*"))
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        ready = manager.Barrier(WORKERS)
+        with context.Pool(WORKERS) as pool:
+            work = [(paths[i::WORKERS], ready) for i in range(WORKERS)]
+            return max(pool.starmap(decode_all, work))
 
 
 # --- comparisons --------------------------------------------------------------------------------
@@ -254,7 +276,8 @@ def compare_pipelines(folder: Path, quick: bool) -> list[dict[str, Any]]:
             "ours": lambda work=work: preprocess(*work),
             "Ray Data, map_batches resizes": lambda work=work: ray_data(*work, False),
             "Ray Data, read_images resizes": lambda work=work: ray_data(*work, True),
-            f"decoder x {WORKERS}": lambda work=work: floor(*work),
+            f"decoder, {WORKERS} at once": lambda source=source: floor_at_once(source),
+            f"decoder x {WORKERS}": lambda source=source: floor(source),
         }
     seconds: dict[tuple[str, int], dict[str, list[float]]] = {
         kind: {name: [] for name in of} for kind, of in arms.items()
@@ -282,9 +305,13 @@ def compare_pipelines(folder: Path, quick: bool) -> list[dict[str, Any]]:
         print(f"{name:<34}" + "".join(f"{cell:<26}" for cell in cells))
     for (format, size), of in rates.items():
         medians = {name: statistics.median(values) for name, values in of.items()}
-        ours, *peers, decoder = medians
+        ours, *peers, at_once, decoder = medians
         peer = max(peers, key=lambda name: medians[name])
-        for name, goal in ((peer, GOAL_RAY_DATA), (decoder, GOAL_FLOOR)):
+        for name, goal in (
+            (peer, GOAL_RAY_DATA),
+            (decoder, GOAL_FLOOR),
+            (at_once, GOAL_FLOOR),
+        ):
             what = f"preprocess {size}-pixel {format} to {TARGET}x{TARGET}"
             results.append(result(what, medians[ours], medians[name], name, goal))
     return results

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import storage
 from pipeline.errors import DataError
@@ -45,6 +46,9 @@ class Place:
     def read(self, name: str) -> bytes:
         """A whole file."""
         fs, path = self._path(name)
+        if isinstance(fs, LocalFileSystem):  # its cat_file takes three times as long
+            with open(path, "rb", buffering=0) as file:
+                return file.readall()
         data: bytes = fs.cat_file(path)
         return data
 

@@ -1,0 +1,201 @@
+"""What is in the files of a source: each is looked into by its format, many small ones together.
+
+What was found in a file is kept under its name, size and time of modification, so that a second
+scan of the source only lists it.
+"""
+
+import io
+import itertools
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import ModuleType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.data.formats import arrays, cifar, digits, idx, loose, parquet, tar_files, zip_files
+from pipeline.data.formats.common import IMAGE_SUFFIXES, Member, Place
+from pipeline.data.listing import BUILTIN, ListedFile
+from pipeline.errors import DataError
+
+FORMATS: tuple[tuple[tuple[str, ...], ModuleType], ...] = (
+    ((".tar", ".tar.gz", ".tgz"), tar_files),
+    ((".zip",), zip_files),
+    ((".parquet",), parquet),
+    ((".npy", ".npz"), arrays),
+    ((".bin",), cifar),
+)
+"""By the end of a file's name; besides, image files and IDX files, whose names are known whole."""
+
+LOOSE_FILES_PER_PIECE = 1024
+PIECE_FORMAT = 1
+"""Raised when the formats find something else in the same files."""
+
+ITEMS = pa.schema(
+    [
+        ("key", pa.string()),  # where the lineage of a training image ends
+        ("file", pa.string()),
+        ("where", pa.list_(pa.int64())),  # in that file, as its format means it
+        ("number", pa.int64()),  # the label, if it is a number
+        ("name", pa.string()),  # the label, if it is the name of a class
+        ("digest", pa.string()),  # of the content, empty if it cannot be read
+        ("bad", pa.string()),  # why it cannot be used, if that is known already
+    ]
+)
+"""The images of a source, unread; after the scan, `number` is the final label of each."""
+
+
+def format_of(place: Place, name: str) -> ModuleType | None:
+    """The module of `pipeline.data.formats` that reads a file of this name, if there is one."""
+    if place.uri == BUILTIN:
+        return digits
+    low = name.lower()
+    if low.endswith(IMAGE_SUFFIXES):
+        return loose
+    if idx.is_images(low):
+        return idx
+    return next((module for suffixes, module in FORMATS if low.endswith(suffixes)), None)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Files of one format that are looked into together: an archive, or many image files."""
+
+    place: Place
+    files: Sequence[ListedFile]
+    digest: str
+    """Of where they are and how they look in a listing."""
+
+    @property
+    def format(self) -> ModuleType:
+        module = format_of(self.place, self.files[0].name)
+        assert module is not None  # the others are in no piece
+        return module
+
+
+LookInto = Callable[[list[Piece], str | None], Iterator[tuple[int, pa.Table]]]
+"""Calls `look` of each of the pieces with the folder; yields (index, ITEMS) as each is found."""
+
+
+def pieces_of(place: Place, files: list[ListedFile]) -> list[Piece]:
+    """The files that some format reads: first each archive, then the image files in runs."""
+    images, pieces = [], []
+    for file in files:
+        module = format_of(place, file.name)
+        if module is loose:
+            images.append(file)
+        elif module in (idx, cifar):  # their labels, or the names of classes, lie beside them
+            folder = file.name.rpartition("/")[0]
+            beside = [
+                other
+                for other in files
+                if other.name.rpartition("/")[0] == folder and format_of(place, other.name) is None
+            ]
+            pieces.append(_piece(place, module, [file], beside))
+        elif module is not None:
+            pieces.append(_piece(place, module, [file], []))
+    for run in runs([file.name for file in images], LOOSE_FILES_PER_PIECE):
+        pieces.append(_piece(place, loose, images[run.start : run.stop], []))
+    return pieces
+
+
+def _piece(
+    place: Place, module: ModuleType, files: list[ListedFile], beside: list[ListedFile]
+) -> Piece:
+    marks = [(file.name, file.size, file.mark) for file in (*files, *beside)]
+    digest = storage.digest([PIECE_FORMAT, module.__name__, place.uri, marks])
+    return Piece(place, files, digest)
+
+
+def runs(keys: Sequence[str], mean: int) -> Iterator[range]:
+    """Ranges over `keys`, of `mean` on average, from half to twice as many.
+
+    A run ends at a key whose hash says so, so keys that come or go change the runs they are in,
+    and no run far from them.
+    """
+    least, most = max(1, mean // 2), 2 * mean
+    start = 0
+    for i, key in enumerate(keys):
+        length = i + 1 - start
+        # beyond the least, the chance of an end is such that the mean length is `mean`
+        is_end = zlib.crc32(key.encode()) % (mean - least + 1) == 0
+        if length == most or (length >= least and is_end):
+            yield range(start, i + 1)
+            start = i + 1
+    if start < len(keys):
+        yield range(start, len(keys))
+
+
+def recall(piece: Piece, folder: str) -> pa.Table | None:
+    """What an earlier `look` kept in `folder`, None if it did not."""
+    try:
+        table = pq.read_table(io.BytesIO(storage.read_bytes(_uri(piece, folder))))
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None
+    return table if table.schema.equals(ITEMS) else None
+
+
+def _uri(piece: Piece, folder: str) -> str:
+    return storage.join(folder, f"{piece.digest}.parquet")
+
+
+def look(piece: Piece, keep_in: str | None = None) -> pa.Table:
+    """ITEMS of the piece's files.
+
+    Args:
+        keep_in: URI of the folder in which `recall` will find them.
+
+    Raises:
+        DataError: a file is damaged or cannot be read.
+    """
+    rows: list[tuple[str, str, Member]] = []
+    for file in piece.files:
+        if piece.format is loose and file.etag:  # the store has hashed it already
+            rows.append((file.name, file.name, Member("", None, f"etag:{file.etag}")))
+            continue
+        try:
+            for member in piece.format.index(piece.place, file.name):
+                rows.append((_key(piece.format, file.name, member), file.name, member))
+        except DataError:
+            raise
+        except Exception as error:  # whatever the package of that scheme raises
+            raise piece.place.error(
+                file.name, f"cannot be read: {error}; run the same command again"
+            ) from error
+    labels = [_folder(name) if piece.format is loose else member.label for _, name, member in rows]
+    items = pa.table(
+        [
+            [key for key, _, _ in rows],
+            [name for _, name, _ in rows],
+            [list(member.where) for _, _, member in rows],
+            [label if isinstance(label, int) else None for label in labels],
+            [label if isinstance(label, str) else None for label in labels],
+            [member.digest for _, _, member in rows],
+            [member.bad for _, _, member in rows],
+        ],
+        schema=ITEMS,
+    )
+    if keep_in is not None:
+        sink = io.BytesIO()
+        pq.write_table(items, sink, compression="zstd")
+        storage.write_bytes(_uri(piece, keep_in), sink.getvalue())
+    return items
+
+
+def _key(module: ModuleType, file: str, member: Member) -> str:
+    stem = idx.stem(file) if module is idx else file
+    return f"{stem}/{member.name}" if member.name else stem
+
+
+def _folder(name: str) -> str | None:
+    """The class of an image file: the first folder of its path."""
+    return name.split("/", 1)[0] if "/" in name else None
+
+
+def look_on_threads(pieces: list[Piece], keep_in: str | None) -> Iterator[tuple[int, pa.Table]]:
+    """LookInto, in this process."""
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        yield from enumerate(pool.map(look, pieces, itertools.repeat(keep_in)))
