@@ -7,7 +7,7 @@ nearest one there is.
 import difflib
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -16,13 +16,13 @@ from pipeline.data.sources import DataConfig
 from pipeline.diffusion.schedules import DiffusionConfig
 from pipeline.errors import ConfigError, RequestError
 from pipeline.evaluation.metrics import EvaluationConfig
-from pipeline.networks.unet import UNetConfig
+from pipeline.networks.choice import NetworkConfig
 from pipeline.registry.models import RegistryConfig
 from pipeline.registry.runs import TrackingConfig
 from pipeline.samplers.model import check_sampling
 from pipeline.samplers.plan import SamplingConfig
 from pipeline.serving.api import ServingConfig
-from pipeline.training.loop import TrainingConfig, check_objective
+from pipeline.training.config import TrainingConfig, check_objective
 
 
 class ClusterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -51,7 +51,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Any fsspec URI; outputs lie at STORAGE/STAGE/ID/."""
     tracking: TrackingConfig = TrackingConfig()
     data: DataConfig
-    network: UNetConfig
+    network: NetworkConfig
     diffusion: DiffusionConfig = DiffusionConfig()
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -117,9 +117,13 @@ def validate_config(values: dict[str, Any], where: str) -> RunConfig:
 
 
 def _sentence(problem: Any) -> str:
-    key = ".".join(map(str, problem["loc"]))
+    loc = list(map(str, problem["loc"]))
+    network = loc.pop(1) if loc[:1] == ["network"] and loc[1:] else None  # its kind
+    key = ".".join(loc)
     kind, message = problem["type"], str(problem["msg"])
     if kind == "extra_forbidden":
+        if network and key in known_keys():
+            return f"{key}={problem['input']!r} has no meaning for network.kind={network}: drop it"
         near = _nearest_key(key)
         return f"{key} is not a known key" + (f"; did you mean {near}?" if near else "")
     if kind == "missing":
@@ -127,7 +131,10 @@ def _sentence(problem: Any) -> str:
     if kind == "value_error":
         message = message.removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
-    if kind in ("model_type", "dict_type"):
+    if kind == "union_tag_invalid":
+        tag, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
+        return f"{key}.kind={tag!r} is wrong: should be {known.replace(', ', ' or ')}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
         message = "should be a section with keys of its own"
     rule = message[0].lower() + message[1:]
     return f"{key}={problem['input']!r} is wrong: {rule.removeprefix('input ')}"
@@ -138,13 +145,14 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
+        for part in (field.annotation, *get_args(field.annotation)):  # of a union, its members
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                keys += known_keys(part, f"{prefix}{name}.")
     return keys
 
 
 def _nearest_key(key: str) -> str | None:
-    keys = known_keys()
+    keys = [*known_keys(), "network.preset"]
     if near := difflib.get_close_matches(key, keys, n=1, cutoff=0.6):
         return near[0]
     # right name, wrong section

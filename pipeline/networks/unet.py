@@ -1,20 +1,24 @@
-"""The U-Net ε_θ(x_t, t, label) of Ho et al. 2020, with scale-and-shift conditioning.
+"""The U-Net ε_θ(x_t, t, label) of Ho et al. 2020 and Dhariwal & Nichol 2021 (ADM).
 
 Residual blocks of GroupNorm, SiLU and 3×3 convolutions; the timestep's sinusoidal embedding, plus a
-class embedding, goes through an MLP into every block as a scale and a shift (Dhariwal & Nichol
-2021, "adaptive group normalisation"); single-head self-attention at chosen resolutions; skip
+class embedding, goes through an MLP into every block; self-attention at chosen resolutions; skip
 connections.
 
 Shapes: B batch, C channels, H×W pixels, E embedding.
 """
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from pipeline.networks.backbone import Backbone
+from pipeline.networks.dropout import AddressedDropout, number_layers
+from pipeline.networks.embedding import sinusoidal_embedding
 
 
 class UNetConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -27,6 +31,17 @@ class UNetConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     blocks_per_level: int = Field(default=2, ge=1)
     attention_at: list[int] = []
     """Resolutions (in pixels) at which the blocks are followed by self-attention."""
+    head_channels: int | None = Field(default=None, ge=1)
+    """Of an attention head. By default there is one head of all channels, as in Ho et al. 2020: it
+    keeps the kernels of a CPU busy. ADM has 64."""
+    conditioning: Literal["scale_shift", "add"] = "scale_shift"
+    """How timestep and class reach a block: as scale and shift of what its second GroupNorm gives
+    (ADM, section 3.1, "adaptive group normalization"), or added before it (Ho et al. 2020)."""
+    resample: Literal["conv", "block"] = "conv"
+    """What halves and doubles the resolution between levels: a convolution, or a residual block
+    (ADM, section 3, after BigGAN)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a block's activations, before its second convolution, dropped in training."""
 
     @model_validator(mode="after")
     def _multipliers_are_positive(self) -> "UNetConfig":
@@ -49,17 +64,14 @@ class UNetConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError(
                 f"attention_at={strange} is not among the resolutions of the levels, {resolutions}"
             )
-
-
-def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of t at dim/2 frequencies from 1 to 1/10,000 (Vaswani et al. 2017).
-
-    t: (B,); returns (B, dim) float32. In bfloat16, timesteps above 256 would lose their last digit.
-    """
-    half = dim // 2
-    frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
-    angle = t.float()[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+        attending = [r in self.attention_at for r in resolutions[:-1]] + [True]  # and the middle
+        widths = [self.base_channels * multiplier for multiplier in self.channel_multipliers]
+        for width, attends in zip(widths, attending, strict=True):
+            if attends and width % (self.head_channels or width):
+                raise ValueError(
+                    f"network.head_channels={self.head_channels} does not divide the {width} "
+                    "channels of a level with attention"
+                )
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -75,13 +87,38 @@ def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
+def half(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
 class ResidualBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int) -> None:
+    """Two convolutions beside a skip connection.
+
+    Args:
+        resample: `half` or `double`, for a block that leads to another level.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_dim: int,
+        config: UNetConfig,
+        resample: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        self.resample = resample
+        self.scales = config.conditioning == "scale_shift"
         self.norm1 = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.scale_shift = nn.Linear(embedding_dim, 2 * out_channels)
+        # a shift alone where nothing is scaled
+        self.scale_shift = nn.Linear(embedding_dim, out_channels * (2 if self.scales else 1))
         self.norm2 = group_norm(out_channels)
+        self.dropout = AddressedDropout(config.dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = (
             nn.Identity()
@@ -89,29 +126,43 @@ class ResidualBlock(nn.Module):
             else nn.Conv2d(in_channels, out_channels, 1)
         )
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, C, H, W)
-        scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = self.norm2(h) * (1 + scale) + shift
-        out: Tensor = self.skip(x) + self.conv2(F.silu(h))
+    def forward(self, x: Tensor, embedding: Tensor, keys: Tensor | None) -> Tensor:
+        """x: (B, C, H, W); embedding: (B, E); keys: (B,) of dropout."""
+        h = F.silu(self.norm1(x))
+        if self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
+        h = self.conv1(h)
+        condition = self.scale_shift(embedding)[:, :, None, None]
+        if self.scales:
+            scale, shift = condition.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + condition)
+        h = self.dropout(F.silu(h), keys)
+        out: Tensor = self.skip(x) + self.conv2(h)
         return out
 
 
 class SelfAttention(nn.Module):
-    """One head over the H·W positions: a head of all channels keeps the CPU kernels busy."""
+    """Over the H·W positions.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        head_channels: None for one head of all channels.
+    """
+
+    def __init__(self, channels: int, head_channels: int | None) -> None:
         super().__init__()
+        self.heads = channels // (head_channels or channels)
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).transpose(2, 3)  # (B, 3, HW, C)
-        q, k, v = (part.unsqueeze(1) for part in qkv.unbind(1))  # (B, 1 head, HW, C)
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        q, k, v = qkv.transpose(3, 4).unbind(1)  # (B, heads, HW, C/heads)
         h = F.scaled_dot_product_attention(q, k, v)
-        out: Tensor = x + self.out(h.squeeze(1).transpose(1, 2).reshape(B, C, H, W))
+        out: Tensor = x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
         return out
 
 
@@ -119,18 +170,30 @@ class Stage(nn.Module):
     """A residual block, then attention where the resolution asks for it."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, embedding_dim: int, attend: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding_dim: int,
+        config: UNetConfig,
+        attend: bool,
     ) -> None:
         super().__init__()
-        self.block = ResidualBlock(in_channels, out_channels, embedding_dim)
-        self.attention = SelfAttention(out_channels) if attend else nn.Identity()
+        self.block = ResidualBlock(in_channels, out_channels, embedding_dim, config)
+        self.attention = (
+            SelfAttention(out_channels, config.head_channels) if attend else nn.Identity()
+        )
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        out: Tensor = self.attention(self.block(x, embedding))
+    def forward(
+        self, x: Tensor, embedding: Tensor, keys: Tensor | None, skip: Tensor | None = None
+    ) -> Tensor:
+        """x, and skip beside it: (B, C, H, W); embedding: (B, E); keys: (B,) of dropout."""
+        if skip is not None:  # here, so that a block computed again need not keep both together
+            x = torch.cat([x, skip], dim=1)
+        out: Tensor = self.attention(self.block(x, embedding, keys))
         return out
 
 
-class UNet(nn.Module):
+class UNet(Backbone):
     """ε_θ: images of (channels, image_size, image_size) to noise of the same shape.
 
     Args:
@@ -164,30 +227,41 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         for level, multiplier in enumerate(config.channel_multipliers):
             if level:
-                self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                self.down.append(
+                    ResidualBlock(width, width, E, config, half)
+                    if config.resample == "block"
+                    else nn.Conv2d(width, width, 3, stride=2, padding=1)
+                )
                 widths.append(width)
                 resolution //= 2
             for _ in range(config.blocks_per_level):
                 attend = resolution in config.attention_at
-                self.down.append(Stage(width, base * multiplier, E, attend))
+                self.down.append(Stage(width, base * multiplier, E, config, attend))
                 width = base * multiplier
                 widths.append(width)
 
-        self.middle = nn.ModuleList([Stage(width, width, E, True), Stage(width, width, E, False)])
+        self.middle = nn.ModuleList(
+            [Stage(width, width, E, config, attend) for attend in (True, False)]
+        )
 
         self.up = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(config.channel_multipliers))):
             for _ in range(config.blocks_per_level + 1):
                 attend = resolution in config.attention_at
-                self.up.append(Stage(width + widths.pop(), base * multiplier, E, attend))
+                self.up.append(Stage(width + widths.pop(), base * multiplier, E, config, attend))
                 width = base * multiplier
             if level:
-                self.up.append(nn.Conv2d(width, width, 3, padding=1))
+                self.up.append(
+                    ResidualBlock(width, width, E, config, double)
+                    if config.resample == "block"
+                    else nn.Conv2d(width, width, 3, padding=1)
+                )
                 resolution *= 2
         assert not widths
 
         self.norm_out = group_norm(width)
         self.conv_out = zero_init(nn.Conv2d(width, out_channels or channels, 3, padding=1))
+        number_layers(self)
 
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """ε_θ of x_t (B, C, H, W), t (B,) and label (B,) int64, None if unconditional."""
@@ -197,17 +271,21 @@ class UNet(nn.Module):
             embedding = embedding + self.embed_label(label)
         embedding = F.silu(embedding)
 
+        keys = self.row_keys
         h = self.conv_in(x_t)
         skips = [h]
         for layer in self.down:
-            h = layer(h, embedding) if isinstance(layer, Stage) else layer(h)
+            plain = isinstance(layer, nn.Conv2d)
+            h = layer(h) if plain else self.run(layer, h, embedding, keys)
             skips.append(h)
         for layer in self.middle:
-            h = layer(h, embedding)
+            h = self.run(layer, h, embedding, keys)
         for layer in self.up:
-            if isinstance(layer, Stage):
-                h = layer(torch.cat([h, skips.pop()], dim=1), embedding)
+            if isinstance(layer, nn.Conv2d):
+                h = layer(double(h))
+            elif isinstance(layer, Stage):
+                h = self.run(layer, h, embedding, keys, skips.pop())
             else:
-                h = layer(F.interpolate(h, scale_factor=2, mode="nearest"))
+                h = self.run(layer, h, embedding, keys)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return out

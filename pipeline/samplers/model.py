@@ -12,8 +12,8 @@ from pipeline.diffusion.elbo import mean_and_fraction
 from pipeline.diffusion.parameterisation import network_input, x_0_from
 from pipeline.diffusion.schedules import DiffusionConfig, Schedule, Variance, make_schedule
 from pipeline.errors import RequestError
+from pipeline.networks.choice import NetworkConfig, make_backbone
 from pipeline.networks.monotone import ScheduledNetwork
-from pipeline.networks.unet import UNet, UNetConfig
 from pipeline.samplers.ancestral import ancestral
 from pipeline.samplers.ddim import ddim
 from pipeline.samplers.deis import deis
@@ -31,7 +31,7 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid"):
     """All that is needed, beside the weights, to rebuild a model; stored as JSON with them."""
 
     format: int = 1
-    network: UNetConfig
+    network: NetworkConfig
     diffusion: DiffusionConfig
     channels: int
     image_size: int
@@ -69,8 +69,10 @@ class ModelSpec(BaseModel, frozen=True, extra="forbid"):
     def make_network(self) -> nn.Module:
         """The network with weights of its own, beside its schedule if that is learned."""
         out_channels = self.channels * (2 if self.learns_variance else 1)
-        unet = UNet(self.network, self.channels, self.image_size, self.num_classes, out_channels)
-        return ScheduledNetwork(unet) if self.diffusion.schedule == "learned" else unet
+        network = make_backbone(
+            self.network, self.channels, self.image_size, self.num_classes, out_channels
+        )
+        return ScheduledNetwork(network) if self.diffusion.schedule == "learned" else network
 
 
 @dataclass(frozen=True)
