@@ -31,23 +31,30 @@ from pipeline.config import RunConfig as PipelineConfig
 from pipeline.data.batches import Batches, FullShuffle, Shuffle, prefetch
 from pipeline.data.cache import memory_mapped
 from pipeline.data.images import grid
-from pipeline.data.parts import read_parts
+from pipeline.data.parts import keys_at, read_parts
 from pipeline.data.shards import read_split
 from pipeline.data.summary import CONTACT_SHEET
 from pipeline.data.windows import WindowedShuffle
 from pipeline.diffusion.schedules import make_schedule
-from pipeline.errors import PipelineError, TrainingDiverged
+from pipeline.errors import ConfigError, PipelineError, StorageError, TrainingDiverged
 from pipeline.evaluation.metrics import holdout_loss
+from pipeline.networks.backbone import set_checkpointing
 from pipeline.registry.models import load_model
 from pipeline.samplers.model import ModelSpec
 from pipeline.samplers.plan import SamplingConfig
 from pipeline.seeding import key
 from pipeline.serving.engine import Engine, ImageRequest
 from pipeline.storage import FileEntry
-from pipeline.training import checkpoint, parallel
+from pipeline.training import checkpoint, parallel, posthoc
+from pipeline.training.config import HALF, TrainingConfig
 from pipeline.training.loop import make_state, train
+from pipeline.training.watch import Watch, measured_peak, training_flops
 from tasks.stage import Outcome, StageContext
 
+NAMED_IMAGES = 3
+"""In the sentence that says which step is not finite."""
+MLFLOW_PAUSE, MLFLOW_PATIENCE = 5.0, 600.0
+"""Seconds between tries to reach MLflow, and until a trained model gives up."""
 PREVIEW_STEPS = 25
 PREVIEW_IMAGES_PER_CLASS = 4
 
@@ -105,12 +112,17 @@ def _train_rank(job: Job) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(config.cluster.cpus_per_worker)
+    # by itself, cuDNN would round the factors of its convolutions
+    fp32 = "tf32" if training.precision == "tf32" else "ieee"
+    torch.backends.cudnn.fp32_precision = fp32
+    torch.backends.cuda.matmul.fp32_precision = fp32
     rank, world_size = parallel.rank_and_world_size()
 
     spec = model_spec(config, job.class_names)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "init"))
         network = spec.make_network().to(device)
+    set_checkpointing(network, training.recompute)
     state = make_state(network, training, config.diffusion.timesteps)
     found = checkpoint.latest_sound(job.folder) if rank == 0 else None
     # rank 0 decides: a checkpoint may appear or go while the others look
@@ -129,10 +141,15 @@ def _train_rank(job: Job) -> None:
     ray.train.collective.barrier()
     forward = parallel.wrap(network, device)
     schedule = None if config.diffusion.schedule == "learned" else make_schedule(config.diffusion)
-    losses: list[torch.Tensor] = []
-    waited = 0.0
-    since = time.monotonic()
+    watch = make_watch(network, spec, training, device)
+
+    def written(info: checkpoint.CheckpointInfo) -> None:
+        job.reporter.push.remote({"checkpoint": info.uri, "step": info.step})
+
     with (
+        checkpoint.Writer(
+            job.folder, spec.model_dump(), training.keep_checkpoints, written
+        ) as writer,
         contextlib.closing(shuffle),
         contextlib.closing(prefetch(batches, step, training.steps)) as coming,
     ):
@@ -147,38 +164,54 @@ def _train_rank(job: Job) -> None:
             config.seed,
             device,
         ):
-            losses.append(record.loss)
-            waited += record.waited
+            watch.add(record)
             last = record.step == training.steps
             if record.step % training.log_every == 0 or last:
-                loss = parallel.mean_over_ranks(torch.stack(losses).mean())
-                if not math.isfinite(loss):  # the same on all ranks; nothing of it is saved
-                    raise TrainingDiverged(
-                        f"the training loss is not finite at step {record.step}; the checkpoints "
-                        "before it are kept: try a lower training.lr, more training.warmup_steps "
-                        "or less training.grad_clip"
-                    )
-                seconds, since = time.monotonic() - since, time.monotonic()
-                share = torch.tensor(waited / seconds, device=device)
-                history.append(
-                    {
-                        "step": record.step,
-                        "loss": loss,
-                        "lr": record.lr,
-                        "images_per_second": len(losses) * training.batch_size / seconds,
-                        "data_wait": parallel.mean_over_ranks(share),
-                    }
-                )
-                losses.clear()
-                waited = 0.0
+                figures, bad_step = watch.take()
+                if bad_step is not None:  # the same on all ranks; nothing of it is saved
+                    raise TrainingDiverged(why_diverged(job, bad_step, shuffle))
+                history.append({"step": record.step, **figures})
                 if rank == 0:
                     job.reporter.push.remote({"history": history[-1:]})
-            if record.step % training.checkpoint_every == 0 or last:
-                if rank == 0:
-                    saved = checkpoint.save(job.folder, state, spec.model_dump(), history)
-                    checkpoint.prune(job.folder, training.keep_checkpoints)
-                    job.reporter.push.remote({"checkpoint": saved.uri, "step": saved.step})
-                parallel.barrier()
+            if rank == 0 and (record.step % training.checkpoint_every == 0 or last):
+                writer.save(state, history)
+            if rank == 0 and snapshot_falls_on(record.step, training):
+                averages = dict(
+                    zip(training.ema.sigma_rel, state.ema.averages.values(), strict=True)
+                )
+                posthoc.save_snapshots(job.folder, record.step, averages)
+
+
+def make_watch(
+    network: torch.nn.Module, spec: ModelSpec, training: TrainingConfig, device: torch.device
+) -> Watch:
+    shape = (spec.channels, spec.image_size, spec.image_size)
+    dtype = HALF.get(training.precision, torch.float32)
+    return Watch(
+        training.batch_size,
+        training_flops(network, shape, spec.num_classes),
+        measured_peak(device, dtype),
+        may_overflow=training.precision == "float16",
+    )
+
+
+def snapshot_falls_on(step: int, training: TrainingConfig) -> bool:
+    """Whether the averages after `step` steps are kept, for others to be made from them."""
+    ema = training.ema
+    return ema.kind == "power" and posthoc.snapshot_due(step, training.steps, ema.num_snapshots)
+
+
+def why_diverged(job: Job, step: int, shuffle: Shuffle) -> str:
+    """What to say of a step (from 1) that is not finite; its images are listed in a file."""
+    keys = keys_at(read_parts(job.shard_set, "train"), shuffle.indices(step - 1))
+    listed = storage.join(job.folder, f"diverged-{step:09d}.json")
+    storage.write_json(listed, {"step": step, "images": keys})
+    return (
+        f"the training loss or its gradient is not finite at step {step}, on the images "
+        f"{', '.join(keys[:NAMED_IMAGES])}, ... (all {len(keys)} are in {listed}); the checkpoints "
+        "before it are kept: try a lower training.lr, more training.warmup_steps or less "
+        "training.grad_clip"
+    )
 
 
 def open_shuffle(job: Job) -> Shuffle:
@@ -222,14 +255,21 @@ class Previews:
         self._task = ray.remote(num_cpus=0, max_retries=1)(preview)
 
     def add(self, step: int, uri: str) -> None:
-        if not self.ctx.tracked_run().has_image("samples", step):
-            self._waiting.append((step, uri))
+        self._waiting.append((step, uri))
 
     def poll(self, wait: bool = False) -> None:
-        """Log what is done and start what is next; with `wait`, until there is no more."""
+        """Log what is done and start what is next; with `wait`, until there is no more.
+
+        Raises:
+            StorageError: MLflow cannot be used; the next call takes up where this one stopped.
+        """
         while self._running or self._waiting:
             if self._running is None:
-                step, uri = self._waiting.popleft()
+                step, uri = self._waiting[0]
+                is_there = self.ctx.tracked_run().has_image("samples", step)
+                self._waiting.popleft()
+                if is_there:
+                    continue
                 config = self.ctx.config
                 result = self._task.remote(
                     uri, self.ctx.inputs["preprocess"], config.sampling.guidance, config.seed
@@ -238,28 +278,37 @@ class Previews:
             step, result = self._running
             if not ray.wait([result], timeout=None if wait else 0)[0]:
                 return
-            self._running = None
             try:
                 png, loss = ray.get(result)
             except ray.exceptions.RayError as error:
                 # such as a checkpoint pruned before it was read: training goes on, a preview less
                 logging.getLogger(__name__).warning("no preview of step %d: %s", step, error)
-                continue
-            run = self.ctx.tracked_run()
-            if math.isfinite(loss):
-                run.log_history([{"step": step, "holdout_loss": loss}])
-            run.log_image("samples", step, png)  # last: its presence means that both are there
+            else:
+                run = self.ctx.tracked_run()
+                if math.isfinite(loss):
+                    run.log_history([{"step": step, "holdout_loss": loss}])
+                run.log_image("samples", step, png)  # last: its presence says that both are there
+            self._running = None  # only now: MLflow may be away
 
 
 def run(ctx: StageContext) -> Outcome:
     """Train to config.training.steps, from the last checkpoint if there is one.
 
     Raises:
-        TrainingDiverged: the loss is not finite.
+        ConfigError: there are fewer training images than a batch has.
+        TrainingDiverged: the loss or its gradient is not finite.
+        StorageError: MLflow is away, and still is MLFLOW_PATIENCE after the last step.
     """
     config = ctx.config
     shards = storage.read_manifest(ctx.inputs["preprocess"])
     assert shards is not None
+    num_images = shards.stats["num_images"]["train"]
+    if num_images < config.training.batch_size:
+        raise ConfigError(
+            f"training.batch_size={config.training.batch_size} is more than the {num_images} "
+            f"training images of data.source={config.data.source!r}: an epoch would not fill a "
+            "batch; lower it, or give more images"
+        )
     tracked = ctx.tracked_run()
     tracked.log_dataset(
         config.name,
@@ -307,38 +356,56 @@ def run(ctx: StageContext) -> Outcome:
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
+    history: deque[dict[str, float]] = deque()
     while True:
         alive = thread.is_alive()
         for record in ray.get(reporter.take.remote()):
             if "error" in record:
                 raise record["error"]
-            _log(ctx, record)
+            if "resumed_at" in record:
+                ctx.progress.start(config.training.steps, "steps", record["resumed_at"])
             if "checkpoint" in record:
                 previews.add(record["step"], record["checkpoint"])
-        previews.poll()
+            history.extend(record.get("history", []))
+            if history:
+                ctx.progress.update(int(history[-1]["step"]), f"loss {history[-1]['loss']:.4f}")
+        try:
+            _log(ctx, history)
+            previews.poll()
+        except StorageError as error:
+            # training does not wait for it, and what was not logged is logged later
+            logging.getLogger(__name__).warning("%s", error)
+            time.sleep(MLFLOW_PAUSE)
         if not alive:
             break
         thread.join(timeout=0.5)
     if failure:
         raise failure[0]
     ctx.progress.update(config.training.steps, "previews")
-    previews.poll(wait=True)
+    info = checkpoint.read(ctx.folder, config.training.steps)
+    begin = time.monotonic()
+    while True:
+        try:
+            _log(ctx, deque(info.history))  # with what a lost reporter did not pass on
+            previews.poll(wait=True)
+            break
+        except StorageError:
+            if time.monotonic() - begin > MLFLOW_PATIENCE:
+                raise
+            ctx.progress.update(config.training.steps, "waits for MLflow")
+            time.sleep(MLFLOW_PAUSE)
     storage.remove(storage.join(ctx.folder, "ray"))
-    return _outcome(ctx)
+    return _outcome(ctx, info)
 
 
-def _log(ctx: StageContext, record: dict[str, Any]) -> None:
-    history = record.get("history", [])
-    if "resumed_at" in record:
-        ctx.progress.start(ctx.config.training.steps, "steps", record["resumed_at"])
+def _log(ctx: StageContext, history: deque[dict[str, float]]) -> None:
+    """Log records to MLflow and take them from `history`; all of them stay if it is away."""
     if history:
-        ctx.tracked_run().log_history(history)
-        ctx.progress.update(int(history[-1]["step"]), f"loss {history[-1]['loss']:.4f}")
+        ctx.tracked_run().log_history(list(history))
+        history.clear()
 
 
-def _outcome(ctx: StageContext) -> Outcome:
-    info = checkpoint.read(ctx.folder, ctx.config.training.steps)
-    ctx.tracked_run().log_history(info.history)  # what a lost reporter did not pass on
+def _outcome(ctx: StageContext, info: checkpoint.CheckpointInfo) -> Outcome:
     name = checkpoint.checkpoint_name(info.step)
     files = []
     for file in [*info.state["files"], checkpoint.STATE]:

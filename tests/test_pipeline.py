@@ -6,14 +6,19 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
+import sys
 import tarfile
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from pipeline.data.images import png
@@ -284,9 +289,78 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_no_retry(
 ) -> None:
     place = place_with_shards(tiny, tmp_path)
     output = place.run_tiny("training.lr=1e30", "training.warmup_steps=0", verb="train", code=1)
-    assert "error: the training loss is not finite at step" in output.splitlines()[-1]
+    said = output.splitlines()[-1]
+    assert said.startswith("error: the training loss or its gradient is not finite at step")
+    (listed,) = place.folder.glob("runs/train/*/diverged-*.json")
+    found = json.loads(listed.read_text())
+    assert f"at step {found['step']}, on the images {found['images'][0]}," in said
+    assert len(found["images"]) == 32
     assert "Traceback" not in output
     assert final_step(place) == 0, "nothing of it is saved"
+
+
+def test_a_batch_larger_than_the_data_is_refused(tiny: Workplace, tmp_path: Path) -> None:
+    place = place_with_shards(tiny, tmp_path)
+    output = place.run_tiny("training.batch_size=4096", verb="train", code=2)
+    assert "error: training.batch_size=4096 is more than the 15" in output.splitlines()[-1]
+
+
+@contextlib.contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator["subprocess.Popen[bytes]"]:
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    places = ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    places += ["--artifacts-destination", str(folder / "artifacts")]
+    log = (folder / "server.log").open("ab")
+    process = subprocess.Popen([*command, *places], stdout=log, stderr=log, cwd=folder)
+    try:
+        wait_for(lambda: answers(port), 120, "the MLflow server")
+        yield process
+    finally:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.kill()
+        process.wait()
+        log.close()
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def test_training_goes_on_while_mlflow_is_away_and_nothing_is_lost(
+    tiny: Workplace, tmp_path: Path
+) -> None:
+    place = place_with_shards(tiny, tmp_path / "place")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    quickly = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    steps = ["training.steps=200", f"tracking.uri={uri}"]
+    with mlflow_server(tmp_path, port):
+        process = place.start(*tiny_command("train", *steps), **quickly)
+        try:
+            wait_for(lambda: list(place.folder.glob("runs/train/*/step-*20")), 120, "a checkpoint")
+        except BaseException:
+            end(process)
+            raise
+    try:  # the server is gone
+        wait_for(lambda: list(place.folder.glob("runs/train/*/step-*200")), 120, "the last step")
+        assert process.poll() is None, "it waits for MLflow"
+        with mlflow_server(tmp_path, port):
+            output, _ = process.communicate(timeout=180)
+            assert process.returncode == 0, output
+            (run_id,) = {place.manifest("train")["stats"]["mlflow_run_id"]}
+            client = MlflowClient(tracking_uri=uri)
+            history = client.get_metric_history(run_id, "loss")
+            assert [point.step for point in history] == list(range(5, 201, 5))
+            held_out = client.get_metric_history(run_id, "holdout_loss")
+            assert 200 in [point.step for point in held_out]
+    finally:
+        end(process)
 
 
 def make_photos(folder: Path, count: int = 24, copies: int = 5) -> None:

@@ -71,6 +71,34 @@ def test_a_run_is_found_again_and_points_are_not_doubled(uri: str) -> None:
     assert again.client.get_run(again.run_id).info.status == "FINISHED"
 
 
+def test_what_a_store_that_was_away_did_not_take_is_logged_later(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    run = TrackedRun(uri, "exp", "train-5", {})
+    run.log_history([{"step": 1, "loss": 1.0}])
+
+    def away(*_: object, **__: object) -> None:
+        raise MlflowException("connection refused")
+
+    for method in ("log_batch", "get_metric_history"):
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, method, away)
+            with pytest.raises(StorageError, match="cannot be used: connection refused"):
+                run.log_history([{"step": s, "loss": 0.5, method: 2.0} for s in (1, 2, 3)])
+    # what is logged then holds some of it twice, since a worker that starts again sends it again
+    run.log_history([{"step": s, "loss": 0.5} for s in (2, 3, 2, 3, 4)])
+    history = run.client.get_metric_history(run.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [
+        (1, 1.0),
+        (2, 0.5),
+        (3, 0.5),
+        (4, 0.5),
+    ]
+
+
 def test_figures_follow_the_newest_evaluation(uri: str) -> None:
     run = TrackedRun(uri, "exp", "train-3", {})
     for value in (0.5, 0.5, 0.9):

@@ -3,6 +3,7 @@
 import math
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, multiprocessing
 
 from pipeline import storage
 from pipeline.data.batches import Batch, Batches, FullShuffle, prefetch
@@ -20,26 +21,22 @@ from pipeline.diffusion.elbo import bound_term, prior_term, reconstruction_term
 from pipeline.diffusion.gaussian import q_sample
 from pipeline.diffusion.parameterisation import target, x_0_from
 from pipeline.diffusion.schedules import DiffusionConfig, Prediction, make_schedule
-from pipeline.errors import CorruptArtifact
+from pipeline.errors import CorruptArtifact, StorageError
 from pipeline.networks.monotone import LearnedSchedule
 from pipeline.networks.unet import UNetConfig
 from pipeline.samplers.model import ModelSpec, build_model, make_plan
 from pipeline.samplers.plan import SamplingConfig, run_plan
 from pipeline.training import checkpoint, parallel
-from pipeline.training.ema import Ema, ema_decay
+from pipeline.training.config import TrainingConfig, check_objective
+from pipeline.training.ema import EmaConfig
 from pipeline.training.loop import (
-    Rows,
     StepRecord,
-    TrainingConfig,
     TrainState,
-    check_objective,
     draw_noise,
-    learned_schedule_loss,
-    learning_rate,
-    loss,
     make_state,
     train,
 )
+from pipeline.training.objective import Rows, learned_schedule_loss, loss
 
 SPEC = ModelSpec(
     network=UNetConfig(base_channels=8, channel_multipliers=[1, 2], attention_at=[4]),
@@ -95,11 +92,25 @@ def run(
     spec: ModelSpec = SPEC,
 ) -> list[float]:
     records = steps(state, training, rank, world_size, spec)
-    return [parallel.mean_over_ranks(record.loss) for record in records]
+    return [float(parallel.sum_over_ranks(record.loss)) / world_size for record in records]
+
+
+def save(
+    folder: Path,
+    state: TrainState,
+    spec: ModelSpec,
+    history: list[dict[str, float]] | None = None,
+) -> None:
+    with checkpoint.Writer(str(folder), spec.model_dump(mode="json"), keep=9) as writer:
+        writer.save(state, history or [])
 
 
 def with_diffusion(**values: object) -> ModelSpec:
     return SPEC.model_copy(update={"diffusion": DiffusionConfig(**values)})  # type: ignore[arg-type]
+
+
+def with_dropout(dropout: float) -> ModelSpec:
+    return SPEC.model_copy(update={"network": SPEC.network.model_copy(update={"dropout": dropout})})
 
 
 def everything(state: TrainState) -> dict[str, torch.Tensor]:
@@ -109,9 +120,14 @@ def everything(state: TrainState) -> dict[str, torch.Tensor]:
         for name, parameter in state.network.named_parameters()
         for slot, value in state.optimizer.state[parameter].items()
     }
-    averages = {f"ema/{name}": value for name, value in state.ema.weights.items()}
+    averages = {
+        f"{average}/{name}": value
+        for average, weights in state.ema.averages.items()
+        for name, value in weights.items()
+    }
     losses = state.losses.tensors() if state.losses is not None else {}
-    return {**state.network.state_dict(), **optimizer, **averages, **losses}
+    scale = state.loss_scale.tensors()
+    return {**state.network.state_dict(), **optimizer, **averages, **losses, **scale}
 
 
 def assert_bit_identical(a: TrainState, b: TrainState) -> None:
@@ -132,8 +148,19 @@ LEARNED = {"objective": "vlb", "timestep_sampler": "stratified"}
         # of so few timesteps that their histories are full before the interruption
         (with_diffusion(schedule="cosine", timesteps=3, variance="learned_range"), HYBRID),
         (with_diffusion(schedule="learned", prediction="v"), LEARNED),
+        (SPEC, {"precision": "float16"}),
+        (SPEC, {"ema": EmaConfig(kind="power")}),
+        (with_dropout(0.3), {}),
     ],
-    ids=["float32", "bfloat16", "drawn by the losses", "learned schedule"],
+    ids=[
+        "float32",
+        "bfloat16",
+        "drawn by the losses",
+        "learned schedule",
+        "float16",
+        "power averages",
+        "dropout",
+    ],
 )
 def test_k_and_k_resumed_steps_equal_2k_steps_bit_for_bit(
     tmp_path: Path, spec: ModelSpec, values: dict[str, object]
@@ -145,7 +172,7 @@ def test_k_and_k_resumed_steps_equal_2k_steps_bit_for_bit(
     first = fresh(whole, spec)
     records = steps(first, whole, spec=spec)
     head = [float(next(records).loss) for _ in range(4)]
-    checkpoint.save(str(tmp_path), first, spec.model_dump(mode="json"), [])
+    save(tmp_path, first, spec)
 
     torch.manual_seed(99)  # another process, with another global random state
     second = make_state(spec.make_network(), whole, spec.diffusion.timesteps)
@@ -162,6 +189,7 @@ def test_k_and_k_resumed_steps_equal_2k_steps_bit_for_bit(
 
 TWO_RANKS = {
     "simple": (SPEC, {"horizontal_flip": 0.5, "shift": 2}),
+    "in parts, with dropout": (with_dropout(0.3), {"accumulate": 2}),
     "hybrid": (with_diffusion(schedule="cosine", timesteps=3, variance="learned_range"), HYBRID),
     "learned": (with_diffusion(schedule="learned"), LEARNED),
 }
@@ -178,7 +206,7 @@ def _rank_of_two(rank: int, port: int, folder: str) -> None:
         losses = run(state, training, rank, 2, spec)
         if rank == 0:
             storage.write_json(f"{folder}/{name}/losses.json", losses)
-            checkpoint.save(f"{folder}/{name}", state, spec.model_dump(mode="json"), [])
+            save(Path(folder, name), state, spec)
         elif state.losses is not None:
             storage.write_json(f"{folder}/{name}/history.json", state.losses.losses.tolist())
     torch.distributed.destroy_process_group()
@@ -210,7 +238,10 @@ def test_two_workers_train_the_model_that_one_trains(tmp_path: Path) -> None:
         )
         with torch.no_grad():
             torch.testing.assert_close(
-                together.network(x, t, label), alone.network(x, t, label), rtol=0, atol=1e-4
+                together.network.eval()(x, t, label),
+                alone.network.eval()(x, t, label),
+                rtol=0,
+                atol=1e-4,
             )
 
 
@@ -247,39 +278,11 @@ def test_the_loop_says_how_long_it_waited_for_a_batch() -> None:
     assert waited[1] >= 0.05
 
 
-def test_ema_follows_its_closed_form() -> None:
-    network = nn.Linear(1, 1, bias=False).bfloat16()
-    with torch.no_grad():
-        network.weight.fill_(0.0)
-    ema = Ema(network, decay=0.9999)
-    want = 0.0
-    for step in range(1000):
-        with torch.no_grad():
-            network.weight.fill_(float(step % 3))
-        ema.update(network, step)
-        decay = min(0.9999, (1 + step) / (10 + step))
-        want = decay * want + (1 - decay) * (step % 3)
-    assert ema.weights["weight"].dtype == torch.float32
-    assert ema.weights["weight"].item() == pytest.approx(want, rel=1e-4)
-    assert ema_decay(10**9, 0.9999) == 0.9999
-
-
-def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    training = config(steps=102, warmup_steps=2, lr_schedule="cosine", lr=1.0)
-    assert [learning_rate(step, training) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
-    assert learning_rate(52, training) == pytest.approx(0.5)
-    assert learning_rate(101, training) < 1e-3
-    constant = config(steps=102, warmup_steps=0, lr=1.0)
-    assert {learning_rate(step, constant) for step in range(102)} == {1.0}
-
-
 def save_steps(folder: Path, *steps: int) -> TrainState:
     state = fresh(config())
     for step in steps:
         state.step = step
-        checkpoint.save(
-            str(folder), state, SPEC.model_dump(mode="json"), [{"step": step, "loss": 1.0}]
-        )
+        save(folder, state, SPEC, [{"step": step, "loss": 1.0}])
     return state
 
 
@@ -296,6 +299,56 @@ def test_a_torn_or_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     with pytest.raises(CorruptArtifact, match="ema.safetensors does not match"):
         checkpoint.load(checkpoint.read(str(tmp_path), 20), fresh(config()))
     assert checkpoint.latest_sound(str(tmp_path / "nowhere")) is None
+
+
+def test_a_checkpoint_is_of_its_step_though_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, goes_on = config(steps=4), threading.Event()
+    state, straight = fresh(training), fresh(training)
+    seen: list[int] = []
+    write = storage.write_bytes
+
+    def slowly(uri: str, data: bytes) -> storage.FileEntry:
+        assert goes_on.wait(60)
+        return write(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", slowly)
+    with checkpoint.Writer(str(tmp_path), {}, 9, lambda info: seen.append(info.step)) as writer:
+        for record in steps(state, training):
+            if record.step == 2:
+                writer.save(state, [])
+        assert not seen, "training is over, and the checkpoint not yet written"
+        goes_on.set()
+    assert seen == [2]
+    middle = fresh(training)
+    checkpoint.load(checkpoint.read(str(tmp_path), 2), middle)
+    for record in steps(straight, training):
+        if record.step == 2:
+            assert_bit_identical(middle, straight)
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = fresh(config())
+
+    def full(uri: str, data: bytes) -> storage.FileEntry:
+        raise StorageError(f"cannot write to {uri}: no space left on device")
+
+    monkeypatch.setattr(storage, "write_bytes", full)
+    with (
+        pytest.raises(StorageError, match="no space left"),
+        checkpoint.Writer(str(tmp_path), {}, 9) as writer,
+    ):
+        writer.save(state, [])
+        writer.save(state, [])
+        raise AssertionError("the second must not begin")
+    with (
+        pytest.raises(StorageError, match="no space left"),
+        checkpoint.Writer(str(tmp_path), {}, 9) as writer,
+    ):
+        writer.save(state, [])
 
 
 def test_the_last_few_checkpoints_stay(tmp_path: Path) -> None:
@@ -560,7 +613,8 @@ def test_a_model_with_a_learned_schedule_is_stored_and_samples(tmp_path: Path) -
     state = fresh(training, spec)
     initial = make_state(spec.make_network(), training, 100).network.log_snr(100)
     run(state, training, spec=spec)
-    info = checkpoint.save(str(tmp_path), state, spec.model_dump(mode="json"), [])
+    save(tmp_path, state, spec)
+    info = checkpoint.read(str(tmp_path), state.step)
 
     weights = checkpoint.read_tensors(info, "ema.safetensors")
     model = build_model(ModelSpec.model_validate(info.state["spec"]), weights, "")

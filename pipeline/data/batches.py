@@ -28,6 +28,9 @@ class Shuffle(Protocol):
     def read(self, step: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
         """The images (b, H, W, C) uint8 and labels (b,) int64 of `rows` of global batch `step`."""
 
+    def indices(self, step: int) -> np.ndarray:
+        """Which images of the split are in global batch `step`: (B,) int64."""
+
     def close(self) -> None:
         """Let go of what is held."""
 
@@ -42,9 +45,11 @@ class FullShuffle:
     batch_size: int
 
     def read(self, step: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
-        batch = global_batch(self.seed, step, self.batch_size, len(self.images))
-        mine = batch[rows.start : rows.stop]
+        mine = self.indices(step)[rows.start : rows.stop]
         return self.images[mine], self.labels[mine]
+
+    def indices(self, step: int) -> np.ndarray:
+        return global_batch(self.seed, step, self.batch_size, len(self.images))
 
     def close(self) -> None:
         """Nothing is held but the arrays."""

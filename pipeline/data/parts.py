@@ -89,6 +89,22 @@ def read_parts(shard_set: str, split: str) -> list[Part]:
     return parts
 
 
+def keys_at(parts: list[Part], indices: np.ndarray) -> list[str]:
+    """The keys of images of a split, by their indices over all of its parts.
+
+    Raises:
+        CorruptArtifact: a part is missing or damaged.
+        StorageError: a part cannot be read.
+    """
+    ends = np.cumsum([part.num_images for part in parts])
+    keys: dict[int, str] = {}
+    for i in sorted(set(np.searchsorted(ends, indices, side="right").tolist())):
+        with _opened(parts[i].shard_set, parts[i].entry) as file:
+            of_part = pq.read_table(file, columns=["key"])["key"].to_pylist()
+        keys |= dict(enumerate(of_part, start=int(ends[i]) - len(of_part)))
+    return [keys[index] for index in indices.tolist()]
+
+
 def corrupt(shard_set: str, path: str, why: str) -> CorruptArtifact:
     """The error for a part that is not what the manifest says."""
     return CorruptArtifact(

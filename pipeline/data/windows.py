@@ -66,6 +66,10 @@ class WindowedShuffle:
             done = here.stop
         return images, labels
 
+    def indices(self, step: int) -> np.ndarray:
+        """Which images of the split are in global batch `step`: (B,) int64."""
+        return self.order.batch(step)
+
     def close(self) -> None:
         """Wait for what is being read, and let go of all of it."""
         self._pool.shutdown(cancel_futures=True)

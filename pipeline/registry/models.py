@@ -58,8 +58,11 @@ class ModelReference:
 
 
 def model_digest(spec: ModelSpec, weights: bytes) -> str:
-    """The identity of a model: of its spec and of the bytes of its weights."""
-    return storage.digest([spec.model_dump(), storage.sha256(weights)])
+    """The identity of a model: of its spec and of the bytes of its weights.
+
+    What has its default does not count, so a setting that a later version brings changes none.
+    """
+    return storage.digest([spec.model_dump(exclude_defaults=True), storage.sha256(weights)])
 
 
 def model_files(spec: ModelSpec, weights: bytes, lineage: dict[str, Any]) -> dict[str, bytes]:

@@ -117,16 +117,18 @@ class TrackedRun:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = []
+        new: dict[tuple[str, int], float] = {}  # a record may come twice, from before a restart
         for record in records:
-            step = int(record["step"])
             for name, value in record.items():
-                if name != "step" and step > self._last(name):
-                    metrics.append(Metric(name, value, now, step))
-                    self._last_step[name] = step
-        with explained(self.uri):
-            for start in range(0, len(metrics), 1000):  # MLflow's limit of one call
-                self.client.log_batch(self.run_id, metrics=metrics[start : start + 1000])
+                if name != "step" and record["step"] > self._last(name):
+                    new.setdefault((name, int(record["step"])), value)
+        metrics = [Metric(name, value, now, step) for (name, step), value in new.items()]
+        for start in range(0, len(metrics), 1000):  # MLflow's limit of one call
+            batch = metrics[start : start + 1000]
+            with explained(self.uri):
+                self.client.log_batch(self.run_id, metrics=batch)
+            for metric in batch:  # only now: the call may fail, and is then made again
+                self._last_step[metric.key] = max(metric.step, self._last(metric.key))
 
     def log_figures(self, step: int, figures: dict[str, float]) -> None:
         """Add figures that a later evaluation of the same step may change; equal ones are kept."""
@@ -143,7 +145,9 @@ class TrackedRun:
             with explained(self.uri):
                 try:
                     history = self.client.get_metric_history(self.run_id, name)
-                except MlflowException:  # no such metric yet, in some stores
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # as some stores say
+                        raise
                     history = []
             self._last_step[name] = max((point.step for point in history), default=-1)
         return self._last_step[name]

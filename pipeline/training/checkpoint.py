@@ -1,11 +1,14 @@
 """Checkpoints: safetensors and JSON, no pickle.
 
-A checkpoint is a folder `step-000001000/` with `model.safetensors`, `ema.safetensors`,
-`optimizer.safetensors`, `timesteps.safetensors` where timesteps are drawn by the losses so far and,
-written last, `state.json`: the step, the model's spec, the history of logged metrics and the sha256
-of each file. Without a valid `state.json` a folder does not count.
+A checkpoint is a folder `step-000001000/` with `model.safetensors`, the averages of the weights
+(`ema.safetensors` is the model's), `optimizer.safetensors`, `timesteps.safetensors` where timesteps
+are drawn by the losses so far, `loss_scale.safetensors` with float16 and, written last,
+`state.json`: the step, the model's spec, the history of logged metrics and the sha256 of each file.
+Without a valid `state.json` a folder does not count.
 """
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +23,7 @@ from pipeline.training.loop import TrainState
 
 STATE = "state.json"
 TIMESTEPS = "timesteps.safetensors"
+LOSS_SCALE = "loss_scale.safetensors"
 
 
 @dataclass(frozen=True)
@@ -43,22 +47,92 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def save(
-    folder: str, state: TrainState, spec: dict[str, Any], history: list[dict[str, float]]
-) -> CheckpointInfo:
-    """Write the checkpoint of `state.step` below `folder`; the same step again is harmless."""
-    uri = storage.join(folder, checkpoint_name(state.step))
+def tensors_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """All that a run consists of, beside its step: file -> name -> tensor."""
     tensors = {
-        "model.safetensors": _cpu(state.network.state_dict()),
-        "ema.safetensors": _cpu(state.ema.weights),
-        "optimizer.safetensors": _cpu(_optimizer_tensors(state.network, state.optimizer)),
+        "model.safetensors": state.network.state_dict(),
+        **{f"{name}.safetensors": weights for name, weights in state.ema.averages.items()},
+        "optimizer.safetensors": _optimizer_tensors(state.network, state.optimizer),
     }
     if state.losses is not None:
         tensors[TIMESTEPS] = state.losses.tensors()
-    files = {}
-    for name, content in tensors.items():
-        files[name] = storage.write_bytes(storage.join(uri, name), save_tensors(content)).sha256
-    record = {"format": 1, "step": state.step, "spec": spec, "history": history, "files": files}
+    if state.loss_scale.tensors():
+        tensors[LOSS_SCALE] = state.loss_scale.tensors()
+    return tensors
+
+
+class Writer:
+    """Writes the checkpoints of a run on a thread, one at a time, while training goes on.
+
+    It holds a copy of the state while it writes, in the memory of the CPU. Leaving the context
+    waits for what is being written.
+
+    Args:
+        folder: URI of the run's folder.
+        spec: of the model, as JSON.
+        keep: how many complete checkpoints stay.
+        written: called on the thread with each checkpoint that is complete.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        spec: dict[str, Any],
+        keep: int,
+        written: Callable[[CheckpointInfo], None] = lambda info: None,
+    ) -> None:
+        self.folder, self.spec, self.keep, self.written = folder, spec, keep, written
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[None] | None = None
+
+    def save(self, state: TrainState, history: list[dict[str, float]]) -> None:
+        """Write the checkpoint of `state.step`; waits for the one before.
+
+        Raises:
+            StorageError: the one before could not be written.
+        """
+        if self._last is not None:
+            self._last.result()
+        copies = {
+            file: {name: _copy(tensor) for name, tensor in tensors.items()}
+            for file, tensors in tensors_of(state).items()
+        }
+        self._last = self._thread.submit(self._write, state.step, copies, list(history))
+
+    def _write(
+        self, step: int, files: dict[str, dict[str, Tensor]], history: list[dict[str, float]]
+    ) -> None:
+        info = save(self.folder, step, files, self.spec, history)
+        prune(self.folder, self.keep)
+        self.written(info)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self._thread.shutdown()
+        if self._last is not None and error is None:
+            self._last.result()
+
+
+def save(
+    folder: str,
+    step: int,
+    files: dict[str, dict[str, Tensor]],
+    spec: dict[str, Any],
+    history: list[dict[str, float]],
+) -> CheckpointInfo:
+    """Write the checkpoint of a step below `folder`; the same step again is harmless.
+
+    Args:
+        files: file -> name -> tensor, see `tensors_of`.
+    """
+    uri = storage.join(folder, checkpoint_name(step))
+    hashes = {
+        file: storage.write_bytes(storage.join(uri, file), save_tensors(tensors)).sha256
+        for file, tensors in files.items()
+    }
+    record = {"format": 1, "step": step, "spec": spec, "history": history, "files": hashes}
     storage.write_json(storage.join(uri, STATE), record)
     return CheckpointInfo(uri, record)
 
@@ -104,12 +178,15 @@ def load(info: CheckpointInfo, state: TrainState) -> None:
     Raises:
         CorruptArtifact: a file does not match its hash.
     """
-    state.network.load_state_dict(read_tensors(info, "model.safetensors"))
-    state.ema.load(read_tensors(info, "ema.safetensors"))
-    optimizer = read_tensors(info, "optimizer.safetensors")
-    _load_optimizer_tensors(state.network, state.optimizer, optimizer)
+    tensors = {name: read_tensors(info, name) for name in info.state["files"]}
+    state.network.load_state_dict(tensors["model.safetensors"])
+    for average in state.ema.averages:
+        state.ema.load(tensors[f"{average}.safetensors"], average)
+    _load_optimizer_tensors(state.network, state.optimizer, tensors["optimizer.safetensors"])
     if state.losses is not None:
-        state.losses.load(read_tensors(info, TIMESTEPS))
+        state.losses.load(tensors[TIMESTEPS])
+    if LOSS_SCALE in tensors:
+        state.loss_scale.load(tensors[LOSS_SCALE])
     state.step = info.step
 
 
@@ -135,8 +212,10 @@ def prune(folder: str, keep: int) -> None:
         storage.remove(info.uri)
 
 
-def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _copy(tensor: Tensor) -> Tensor:
+    """In memory of its own on the CPU, which the next step will not change."""
+    copy = tensor.detach().to("cpu", copy=True)
+    return copy.contiguous()
 
 
 def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

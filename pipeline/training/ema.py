@@ -1,33 +1,170 @@
-"""An exponential moving average of the weights, in float32 whatever the network computes in."""
+"""Averages of the weights over training, in float32 whatever the network computes in.
 
+After each step n = 0, 1, ... an average takes θ' ← d θ' + (1-d) θ, with the decay d of its kind:
+
+    decay      min(d, (1+n)/(10+n)): constant after a warm-up
+    half_life  0.5^(B/min(H, r i)) for batches of B images after i = n B: the influence of a step is
+               halved in H images, at first in a share r of those seen (Karras et al. 2022, EDM)
+    power      (1 - 1/(n+1))^(γ+1): the influence grows as the γ-th power of the step, so that the
+               average is as long as training is (Karras et al. 2024, EDM2, section 3.1)
+
+A decay depends on the step and the global batch alone, so not on the number of workers.
+"""
+
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
 import torch
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
+OWNERS = {
+    "decay": "decay",
+    "half_life": "half_life",
+    "ramp_up": "half_life",
+    "sigma_rel": "power",
+    "num_snapshots": "power",
+}
+"""The kind that a setting is of."""
 
-def ema_decay(step: int, decay: float) -> float:
-    """The decay after `step` updates, with warm-up: min(decay, (1+n)/(10+n)).
 
-    Without warm-up 90 % of an average at 0.9999 would still be the initial weights at step 1,000.
+class EmaConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Which averages of the weights are kept."""
+
+    kind: Literal["decay", "half_life", "power"] = "decay"
+    decay: float = Field(default=0.9999, ge=0, lt=1)
+    half_life: int = Field(default=500_000, ge=1)
+    """In images."""
+    ramp_up: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    """The half-life is at most this share of the images seen."""
+    sigma_rel: list[float] = Field(default=[0.05, 0.10], min_length=1)
+    """Standard deviations of the steps in a power average, as shares of training: one average for
+    each. The first is the model's; any other can be had after training, see posthoc.py."""
+    num_snapshots: int = Field(default=16, ge=1)
+    """Of each power average, evenly over training: what others are made from."""
+
+    @model_validator(mode="after")
+    def _settings_have_an_owner(self) -> "EmaConfig":
+        for name, kind in OWNERS.items():
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and self.kind != kind:
+                raise ValueError(
+                    f"{name}={value} has no meaning for kind={self.kind}: drop it, or use "
+                    f"kind={kind}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _widths_can_be_had(self) -> "EmaConfig":
+        for sigma_rel in self.sigma_rel:
+            sigma_rel_to_gamma(sigma_rel)
+        if len({f"{sigma_rel:g}" for sigma_rel in self.sigma_rel}) < len(self.sigma_rel):
+            raise ValueError(f"sigma_rel={self.sigma_rel} names a width twice: name each once")
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        """Of the averages; the first, always `ema`, is the model's."""
+        others = self.sigma_rel[1:] if self.kind == "power" else []
+        return ["ema", *(f"ema-power-{sigma_rel:g}" for sigma_rel in others)]
+
+
+def decays(config: EmaConfig, step: int, batch_size: int) -> list[float]:
+    """The decay of each average at step `step` (from 0), for global batches of `batch_size`.
+
+    With those of power, the weights of step i = 1 ... t have the influence
+    (i^(γ+1) - (i-1)^(γ+1))/t^(γ+1) after t steps, exactly: those before training have none.
     """
-    return min(decay, (1 + step) / (10 + step))
+    if config.kind == "power":
+        kept = 1 - 1 / (step + 1)
+        return [kept ** (sigma_rel_to_gamma(sigma_rel) + 1) for sigma_rel in config.sigma_rel]
+    if config.kind == "half_life":
+        half_life = min(config.half_life, config.ramp_up * step * batch_size)
+        return [0.5 ** (batch_size / half_life) if half_life else 0.0]
+    # without warm-up 90 % of an average at 0.9999 would be the initial weights still at step 1,000
+    return [min(config.decay, (1 + step) / (10 + step))]
+
+
+@lru_cache
+def sigma_rel_to_gamma(sigma_rel: float) -> float:
+    """γ of the power average whose profile has the standard deviation `sigma_rel` t.
+
+    The profile τ^γ on (0, t] has σ² = (γ+1) / ((γ+2)² (γ+3)), which falls from 1/12 at γ = 0, the
+    plain mean.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not 0 < sigma_rel <= 0.2887:
+        raise ValueError(
+            f"sigma_rel={sigma_rel} must be above 0 and at most 0.2887, which is the plain mean of "
+            "all steps"
+        )
+    s = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - s, 12 - s]).real.max())
 
 
 class Ema:
-    """Shadow weights θ' ← d θ' + (1-d) θ by the name of the parameter or buffer."""
+    """The averages of a network's weights, by the names of its parameters and buffers.
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.weights: dict[str, Tensor] = {
-            name: tensor.detach().float().clone() for name, tensor in network.state_dict().items()
+    A sharded parameter (DTensor) has a sharded average: `Tensor.full_tensor()`, called by all
+    ranks, gathers it. What is not floating point, such as a count of batches, is not averaged but
+    kept as it is.
+
+    Args:
+        batch_size: images of a step, of all workers together.
+    """
+
+    def __init__(self, network: nn.Module, config: EmaConfig, batch_size: int) -> None:
+        self.config = config
+        self.batch_size = batch_size
+        self.averages: dict[str, dict[str, Tensor]] = {
+            average: {name: _float(t).clone() for name, t in network.state_dict().items()}
+            for average in config.names
         }
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The average that is the model's."""
+        return self.averages["ema"]
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Take in the weights after optimizer step `step` (from 0)."""
-        weights = [tensor.float() for tensor in network.state_dict().values()]
-        torch._foreach_lerp_(list(self.weights.values()), weights, 1 - ema_decay(step, self.decay))
+        current = {name: _float(_local(t)) for name, t in network.state_dict().items()}
+        averaged = [name for name, tensor in current.items() if tensor.is_floating_point()]
+        weights = [current[name] for name in averaged]
+        rates = decays(self.config, step, self.batch_size)
+        for average, decay in zip(self.averages.values(), rates, strict=True):
+            torch._foreach_lerp_([_local(average[name]) for name in averaged], weights, 1 - decay)
+            for name in current.keys() - averaged:
+                average[name].copy_(current[name])
 
     @torch.no_grad()
-    def load(self, weights: dict[str, Tensor]) -> None:
-        for name, tensor in self.weights.items():
-            tensor.copy_(weights[name])
+    def load(self, weights: dict[str, Tensor], average: str = "ema") -> None:
+        """Take over an average, of whole weights or of such shards as this one's."""
+        for name, tensor in self.averages[average].items():
+            tensor.copy_(_placed(weights[name], tensor))
+
+
+def _float(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, a view; a whole one as it is."""
+    # asked in this way because to import DTensor takes every command 0.8 s
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor cut into shards as `like` is, each rank keeping its part of its own copy."""
+    if hasattr(tensor, "to_local") or not hasattr(like, "to_local"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    whole = tensor.to(like.device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,5 +1,7 @@
 """Data-parallel ranks with torch alone; who starts the processes is the caller's business."""
 
+import contextlib
+
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,13 +22,23 @@ def wrap(network: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(network, device_ids=device_ids)
 
 
-def mean_over_ranks(value: Tensor) -> float:
-    """The mean of a scalar over the ranks; waits for all of them."""
-    value = value.clone()
-    _, world_size = rank_and_world_size()
-    if world_size > 1:
-        distributed.all_reduce(value)
-    return float(value / world_size)
+def reducing(forward: nn.Module, reduce: bool) -> contextlib.AbstractContextManager[None]:
+    """Around a forward and backward pass: whether its gradients are averaged over the ranks.
+
+    Those that are not are added to those that come after, and averaged with them.
+    """
+    if reduce or not isinstance(forward, DistributedDataParallel):
+        return contextlib.nullcontext()
+    without: contextlib.AbstractContextManager[None] = forward.no_sync()
+    return without
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor over the ranks; waits for all of them."""
+    values = values.clone()
+    if rank_and_world_size()[1] > 1:
+        distributed.all_reduce(values)
+    return values
 
 
 def all_rows(values: Tensor) -> Tensor:
@@ -45,9 +57,3 @@ def from_rank_zero(value: int, device: torch.device) -> int:
     if rank_and_world_size()[1] > 1:
         distributed.broadcast(tensor, src=0)
     return int(tensor)
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if distributed.is_initialized():
-        distributed.barrier()

@@ -1,0 +1,198 @@
+"""How a network is fitted: the section `training` of a config."""
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, Field, model_validator
+
+from pipeline.data.augment import Augmentation
+from pipeline.diffusion.losses import LossWeight
+from pipeline.diffusion.schedules import DiffusionConfig
+from pipeline.training.ema import EmaConfig
+from pipeline.training.timesteps import TimestepSampler
+
+OWNERS = {
+    "min_snr_gamma": ("loss_weight", "min_snr"),
+    "p2_gamma": ("loss_weight", "p2"),
+    "p2_k": ("loss_weight", "p2"),
+    "sigmoid_bias": ("loss_weight", "sigmoid"),
+    "lr_reference_steps": ("lr_schedule", "inverse_sqrt"),
+    "log_normal_mean": ("timestep_sampler", "log_normal"),
+    "log_normal_std": ("timestep_sampler", "log_normal"),
+    "shuffle_window": ("shuffle", "windowed"),
+    "shuffle_lanes": ("shuffle", "windowed"),
+}
+"""Settings that only one weight, sampler, order or schedule has."""
+
+
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Precisions in which the network computes with fewer bits than it keeps."""
+
+
+class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """How the network is fitted.
+
+    Steps are optimizer steps; the batch size is of all workers together.
+    """
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    lr: float = Field(gt=0, allow_inf_nan=False)
+    objective: Literal["simple", "hybrid", "vlb"] = "simple"
+    """simple: the error of the output. vlb: the variational bound. hybrid: simple, and the bound
+    for the learned variance alone (Nichol & Dhariwal 2021, Eq. 16)."""
+    loss_weight: LossWeight = "uniform"
+    """How much a noise level counts, of simple and hybrid: see pipeline/diffusion/losses.py."""
+    min_snr_gamma: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    p2_gamma: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    p2_k: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    sigmoid_bias: float = Field(default=2.0, allow_inf_nan=False)
+    timestep_sampler: TimestepSampler = "uniform"
+    """Which timesteps are drawn: see pipeline/training/timesteps.py."""
+    log_normal_mean: float = Field(default=-1.2, allow_inf_nan=False)
+    log_normal_std: float = Field(default=1.2, gt=0, allow_inf_nan=False)
+    """Of ln σ."""
+    lr_schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
+    """See pipeline/training/optimizer.py."""
+    lr_reference_steps: int = Field(default=10_000, ge=1)
+    """How long inverse_sqrt stays constant."""
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Of AdamW; 0 makes it Adam."""
+    grad_clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Largest norm of the gradient; larger ones are scaled down to it."""
+    ema: EmaConfig = EmaConfig()
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
+    """bfloat16 and float16: autocast in the network; weights, EMA, noising and loss stay float32.
+    tf32: float32 with products of 10 bits on GPUs that have them. float16: with a loss scale."""
+    accumulate: int = Field(default=1, ge=1)
+    """A worker computes its rows of a batch in so many parts, one after the other, and steps once:
+    for batches that do not fit in memory."""
+    recompute: bool = False
+    """Keep only what goes into each block of the network for the backward pass, and compute the
+    rest again there: less memory for a third more work."""
+    label_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the rows trained with the null label, for classifier-free guidance."""
+    shuffle: Literal["full", "windowed"] = "full"
+    """full: any image may come next, so the decoded images must fit on a node's disk, and better in
+    its memory. windowed: images are read by row group and shuffled within windows, so the data may
+    have any size."""
+    shuffle_window: int = Field(default=16384, ge=1)
+    """Images, of all workers together, that a batch is drawn from; the workers together hold about
+    twice as many."""
+    shuffle_lanes: int = Field(default=8, ge=1)
+    """At how many places of the data a batch is read at once. With as many workers or fewer, each
+    reads its own part of the data."""
+    horizontal_flip: float = Field(default=0.0, ge=0, le=1)
+    """Probability that an image is shown left for right."""
+    vertical_flip: float = Field(default=0.0, ge=0, le=1)
+    """Probability that an image is shown top for bottom."""
+    shift: int = Field(default=0, ge=0)
+    """By how many pixels an image is moved along each axis at most; its edges are reflected."""
+    log_every: int = Field(default=50, ge=1)
+    checkpoint_every: int = Field(default=1000, ge=1)
+    keep_checkpoints: int = Field(default=3, ge=1)
+    """The last few stay, older ones are deleted."""
+
+    @model_validator(mode="after")
+    def _a_batch_has_equal_parts(self) -> "TrainingConfig":
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}, "
+                "so that every part is of the same size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _checkpoints_fall_on_log_steps(self) -> "TrainingConfig":
+        # the logged loss is the mean since the last log: a resumed run must start a new mean
+        if self.checkpoint_every % self.log_every:
+            raise ValueError(
+                f"checkpoint_every={self.checkpoint_every} must be a multiple of "
+                f"log_every={self.log_every}"
+            )
+        return self
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return Augmentation(self.horizontal_flip, self.vertical_flip, self.shift)
+
+    @model_validator(mode="after")
+    def _a_window_holds_a_batch(self) -> "TrainingConfig":
+        if self.shuffle == "windowed" and self.shuffle_window < self.batch_size:
+            raise ValueError(
+                f"shuffle_window={self.shuffle_window} must be at least "
+                f"batch_size={self.batch_size}, and better many times as large"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_have_an_owner(self) -> "TrainingConfig":
+        for name, (of, owner) in OWNERS.items():
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and getattr(self, of) != owner:
+                raise ValueError(
+                    f"{name}={value} has no meaning for {of}={getattr(self, of)}: drop it, or use "
+                    f"{of}={owner}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _the_bound_is_not_weighted(self) -> "TrainingConfig":
+        if self.objective == "vlb" and self.loss_weight != "uniform":
+            raise ValueError(
+                f"loss_weight={self.loss_weight} with objective=vlb would no longer be the bound, "
+                "which has its own weights: drop loss_weight, or use objective=simple"
+            )
+        if self.objective != "simple" and self.timestep_sampler == "log_normal":
+            raise ValueError(
+                f"timestep_sampler=log_normal with objective={self.objective} would no longer be "
+                "the bound, a mean over even timesteps: use uniform, stratified or "
+                "loss_second_moment"
+            )
+        return self
+
+
+def check_objective(diffusion: DiffusionConfig, training: TrainingConfig) -> None:
+    """Raise ValueError where a process cannot be trained as `training` says."""
+    learned = diffusion.schedule == "learned"
+    if learned and training.objective != "vlb":
+        raise ValueError(
+            f"training.objective={training.objective} cannot learn a schedule: with "
+            "diffusion.schedule=learned use training.objective=vlb"
+        )
+    if learned and diffusion.prediction not in ("eps", "v"):
+        raise ValueError(
+            f"diffusion.prediction={diffusion.prediction} cannot learn a schedule, whose bound is "
+            "on the error of ε: with diffusion.schedule=learned use prediction=eps or v"
+        )
+    no_table = learned or diffusion.is_continuous
+    if diffusion.variance == "learned_range":
+        if no_table:
+            raise ValueError(
+                f"diffusion.variance=learned_range with schedule={diffusion.schedule} has no "
+                "timesteps to be learned at: use fixed_small, or a discrete schedule such as cosine"
+            )
+        if training.objective == "simple":
+            raise ValueError(
+                "diffusion.variance=learned_range with training.objective=simple would leave the "
+                "variance untrained: use training.objective=hybrid or vlb"
+            )
+    elif training.objective == "hybrid":
+        raise ValueError(
+            f"training.objective=hybrid with diffusion.variance={diffusion.variance} has no "
+            "variance to learn: use objective=simple"
+            + ("" if no_table else ", or variance=learned_range")
+        )
+    if training.objective == "vlb" and diffusion.is_continuous:
+        raise ValueError(
+            f"training.objective=vlb is of discrete timesteps, diffusion.schedule="
+            f"{diffusion.schedule} is continuous: objective=simple with loss_weight=likelihood is "
+            "its bound"
+        )
+    if training.timestep_sampler == "loss_second_moment" and no_table:
+        raise ValueError(
+            "training.timestep_sampler=loss_second_moment keeps the losses of each timestep, and "
+            f"diffusion.schedule={diffusion.schedule} has none in training: use uniform or "
+            "stratified"
+        )

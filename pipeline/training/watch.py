@@ -1,0 +1,107 @@
+"""What is logged of the steps: their losses, the gradient, the speed; and whether they are finite.
+
+Figures stay on the device until `take` asks for them, once for many steps, and are reduced over the
+ranks in one go.
+"""
+
+import time
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.training import parallel
+from pipeline.training.loop import QUARTILES, StepRecord
+
+BACKWARD = 2
+"""A backward pass takes as many times the operations of a forward pass."""
+
+
+class Watch:
+    """The steps since the last `take`.
+
+    Args:
+        batch_size: images a step, of all workers together.
+        flops_per_image: of training.
+        peak: operations a second that this rank's device can do; utilisation is a share of them.
+        may_overflow: with float16 the step of a gradient that overflows is left out.
+    """
+
+    def __init__(
+        self, batch_size: int, flops_per_image: float, peak: float, may_overflow: bool
+    ) -> None:
+        self.batch_size, self.flops_per_image, self.peak = batch_size, flops_per_image, peak
+        self.may_overflow = may_overflow
+        self._records: list[StepRecord] = []
+        self._since = time.monotonic()
+
+    def add(self, record: StepRecord) -> None:
+        self._records.append(record)
+
+    def take(self) -> tuple[dict[str, float], int | None]:
+        """The figures, and the first step, if any, whose loss or gradient was not finite.
+
+        Both are the same on all ranks; waits for all of them.
+        """
+        records, self._records = self._records, []
+        _, world_size = parallel.rank_and_world_size()
+        seconds, self._since = time.monotonic() - self._since, time.monotonic()
+        n, last = len(records), records[-1]
+        waited = last.loss.new_tensor([sum(record.waited for record in records) / seconds])
+        losses = torch.stack([record.loss for record in records])
+        by_quartile = torch.stack([record.quartile_losses for record in records]).sum(0)
+        mine = torch.cat([losses, waited, by_quartile.flatten()])
+        of_all = parallel.sum_over_ranks(mine).cpu()
+        losses, waited = of_all[:n] / world_size, of_all[n] / world_size
+        by_quartile = of_all[n + 1 :].view(QUARTILES, 2)
+        norms = torch.stack([record.grad_norm for record in records]).cpu()
+
+        rate = n * self.batch_size / seconds
+        figures = {
+            "loss": float(losses.mean()),
+            "grad_norm": float(norms[norms.isfinite()].mean()),
+            "lr": last.lr,
+            "images_per_second": rate,
+            "images_per_second_per_worker": rate / world_size,
+            "data_wait": float(waited),
+            "utilisation": self.flops_per_image * rate / world_size / self.peak,
+        }
+        sums, numbers = by_quartile.unbind(1)
+        for i in numbers.nonzero().flatten().tolist():
+            figures[f"loss_quartile_{i + 1}"] = float(sums[i] / numbers[i])
+        bad = ~losses.isfinite()
+        if not self.may_overflow:
+            bad |= ~norms.isfinite()
+        first = records[int(bad.nonzero()[0])].step if bad.any() else None
+        return figures, first
+
+
+def training_flops(network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> int:
+    """Floating-point operations of a forward and backward pass of one (C, H, W) image."""
+    device = next(network.parameters()).device
+    image = torch.zeros(1, *image_shape, device=device)
+    label = torch.zeros(1, dtype=torch.int64, device=device) if num_classes else None
+    was_training = network.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network.eval()(image, torch.zeros(1, device=device), label)
+    network.train(was_training)
+    return (1 + BACKWARD) * int(counter.get_total_flops())
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a product of large square matrices: the best of a few."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        _synchronize(device)
+        begin = time.monotonic()
+        a @ a
+        _synchronize(device)
+        best = min(best, time.monotonic() - begin)
+    return 2 * size**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
