@@ -21,6 +21,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from pipeline import storage
 from pipeline.data.images import png
 from pipeline.data.sources import DataConfig
 from pipeline.errors import DataError
@@ -456,6 +457,26 @@ def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> No
     assert len(inodes[1] & inodes[0]) > 30
     assert damaged.stat().st_ino not in inodes[1]
     assert sum(json.loads((newest / "manifest.json").read_text())["stats"]["class_counts"]) == 121
+
+
+def test_two_runs_at_once_make_one_sound_output(tmp_path: Path) -> None:
+    make_photos(tmp_path / "photos", count=8)
+    command = tiny_command("preprocess", f"data.source={tmp_path / 'photos'}", *PHOTOS)
+    place = Workplace(tmp_path)
+    both = [place.start(*command) for _ in range(2)]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in both]
+    finally:
+        for process in both:
+            end(process)
+    assert [process.returncode for process in both] == [0, 0], outputs
+    outcomes = [re.findall(r"^preprocess +(done|made by another run) ", o, re.M) for o in outputs]
+    assert sorted(outcomes) == [["done"], ["made by another run"]], outputs
+    folder = shard_sets(place)[0]
+    for file in place.manifest("preprocess")["files"]:
+        data = (folder / file["path"]).read_bytes()
+        assert storage.sha256(data) == file["sha256"]
+    assert sum(place.manifest("preprocess")["stats"]["class_counts"]) == 40
 
 
 def test_archives_are_looked_into_by_tasks_of_which_one_is_killed_and_one_finds_damage(
