@@ -13,10 +13,10 @@ from pipeline.registry.models import (
     ModelReference,
     find_version,
     model_files,
+    read_checkpoint,
     register,
     set_alias,
 )
-from pipeline.samplers.model import ModelSpec
 from pipeline.training import checkpoint
 from tasks.stage import Outcome, StageContext
 
@@ -44,7 +44,7 @@ def run(ctx: StageContext) -> Outcome:
     scores = storage.read_manifest(ctx.inputs["evaluate"])
     assert train is not None and shards is not None and scores is not None
     info = checkpoint.read(ctx.inputs["train"], train.stats["step"])
-    weights = storage.read_bytes(storage.join(info.uri, "ema.safetensors"))
+    spec, weights = read_checkpoint(info.uri)
 
     run = ctx.tracked_run()
     run.log_history(info.history)  # a store that is new to this training has none of it
@@ -59,7 +59,7 @@ def run(ctx: StageContext) -> Outcome:
         "config": ctx.config.model_dump(exclude={"storage", "tracking", "cluster", "serving"}),
         "ray": ray.__version__,
     }
-    files = model_files(ModelSpec.model_validate(info.state["spec"]), weights, lineage)
+    files = model_files(spec, weights, lineage)
     reference = register(run, ctx.config.name, files, _tags(ctx.config, lineage, scores.stats))
     set_alias(reference, ctx.config.registry.alias)
     ctx.progress.update(1)

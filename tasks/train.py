@@ -11,6 +11,7 @@ to MLflow, which only the driver writes to.
 import contextlib
 import logging
 import math
+import secrets
 import threading
 import time
 from collections import deque
@@ -47,7 +48,7 @@ from pipeline.serving.engine import Engine, ImageRequest
 from pipeline.storage import FileEntry
 from pipeline.training import checkpoint, parallel, posthoc
 from pipeline.training.config import HALF, TrainingConfig
-from pipeline.training.loop import make_state, train
+from pipeline.training.loop import TrainState, make_state, train
 from pipeline.training.watch import Watch, measured_peak, training_flops
 from tasks.stage import Outcome, StageContext
 
@@ -123,10 +124,13 @@ def _train_rank(job: Job) -> None:
         torch.manual_seed(key(config.seed, "init"))
         network = spec.make_network().to(device)
     set_checkpointing(network, training.recompute)
+    if training.parallel == "fsdp" and world_size > 1:
+        parallel.cut(network, device)
     state = make_state(network, training, config.diffusion.timesteps)
     found = checkpoint.latest_sound(job.folder) if rank == 0 else None
     # rank 0 decides: a checkpoint may appear or go while the others look
     step = parallel.from_rank_zero(found.step if found else 0, device)
+    attempt = parallel.from_rank_zero(secrets.randbits(63), device)
     history: list[dict[str, float]] = []
     if step:
         info = found or checkpoint.read(job.folder, step)
@@ -141,14 +145,14 @@ def _train_rank(job: Job) -> None:
     ray.train.collective.barrier()
     forward = parallel.wrap(network, device)
     schedule = None if config.diffusion.schedule == "learned" else make_schedule(config.diffusion)
-    watch = make_watch(network, spec, training, device)
+    watch = make_watch(spec, training, device)
 
     def written(info: checkpoint.CheckpointInfo) -> None:
         job.reporter.push.remote({"checkpoint": info.uri, "step": info.step})
 
     with (
         checkpoint.Writer(
-            job.folder, spec.model_dump(), training.keep_checkpoints, written
+            job.folder, spec.model_dump(), training.keep_checkpoints, written, attempt
         ) as writer,
         contextlib.closing(shuffle),
         contextlib.closing(prefetch(batches, step, training.steps)) as coming,
@@ -173,18 +177,15 @@ def _train_rank(job: Job) -> None:
                 history.append({"step": record.step, **figures})
                 if rank == 0:
                     job.reporter.push.remote({"history": history[-1:]})
-            if rank == 0 and (record.step % training.checkpoint_every == 0 or last):
+            if record.step % training.checkpoint_every == 0 or last:
                 writer.save(state, history)
-            if rank == 0 and snapshot_falls_on(record.step, training):
-                averages = dict(
-                    zip(training.ema.sigma_rel, state.ema.averages.values(), strict=True)
-                )
-                posthoc.save_snapshots(job.folder, record.step, averages)
+            if snapshot_falls_on(record.step, training):
+                save_snapshots(job, state, rank)
 
 
-def make_watch(
-    network: torch.nn.Module, spec: ModelSpec, training: TrainingConfig, device: torch.device
-) -> Watch:
+def make_watch(spec: ModelSpec, training: TrainingConfig, device: torch.device) -> Watch:
+    with torch.device("meta"):  # to count operations nothing need be computed
+        network = spec.make_network()
     shape = (spec.channels, spec.image_size, spec.image_size)
     dtype = HALF.get(training.precision, torch.float32)
     return Watch(
@@ -193,6 +194,17 @@ def make_watch(
         measured_peak(device, dtype),
         may_overflow=training.precision == "float16",
     )
+
+
+def save_snapshots(job: Job, state: TrainState, rank: int) -> None:
+    """Keep the power averages of this step; all ranks call it."""
+    widths = job.config.training.ema.sigma_rel
+    averages = {
+        sigma_rel: {name: parallel.whole(tensor) for name, tensor in weights.items()}
+        for sigma_rel, weights in zip(widths, state.ema.averages.values(), strict=True)
+    }
+    if rank == 0:
+        posthoc.save_snapshots(job.folder, state.step, averages)
 
 
 def snapshot_falls_on(step: int, training: TrainingConfig) -> bool:

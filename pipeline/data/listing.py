@@ -1,5 +1,6 @@
 """The files of a source: what a path, a glob or an fsspec URI stands for."""
 
+import contextlib
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,10 @@ from pipeline.errors import DataError
 
 BUILTIN = "builtin:"
 """What a source that is part of a package begins with."""
+MARKS = ("mtime", "LastModified", "Last-Modified", "blob_id")
+"""By what name file systems say when a file was written; Hugging Face's, what git calls it."""
+LOGIN = "; what is private or gated there needs a token: run hf auth login, or set HF_TOKEN"
+"""Without one the Hub says of a private repository that it does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +34,15 @@ class ListedFile:
 
 
 def absolute(source: str) -> str:
-    """The source with a local path made absolute: Ray's workers run in folders of their own."""
-    return source if source.startswith(BUILTIN) else storage.absolute(source)
+    """The source with a local path made absolute: Ray's workers run in folders of their own.
+
+    Raises:
+        DataError: the package that reads such a URI is not there.
+    """
+    if source.startswith(BUILTIN):
+        return source
+    _opened(source)  # storage would take it for a place to write to
+    return storage.absolute(source)
 
 
 def list_files(source: str) -> tuple[Place, list[ListedFile]]:
@@ -48,17 +60,22 @@ def list_files(source: str) -> tuple[Place, list[ListedFile]]:
                 f"data.source={source!r} is not a builtin source; there is builtin:digits"
             )
         return Place(BUILTIN), [ListedFile("digits", 0, "")]
+    fs, path = _opened(source)
+    schemes = [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
+    login = LOGIN if "hf" in schemes else ""
+    path = path.rstrip("/")
     try:
-        fs, path = url_to_fs(source)
-        path = path.rstrip("/")
+        fs.invalidate_cache()  # what an earlier call saw
         pattern = any(letter in path for letter in "*?[") and not fs.exists(path)
         if pattern:
             root = _before_the_pattern(path)
             found = _glob(fs, path)
         elif not fs.exists(path):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                fs.info(path)  # `exists` is also false where a server is away or refuses
             raise DataError(
                 f"data.source={source!r} does not exist: give a folder, an archive, a glob of "
-                "either, or builtin:digits"
+                f"either, or builtin:digits{login}"
             )
         elif fs.isdir(path):
             root, found = path, fs.find(path, detail=True)
@@ -67,15 +84,27 @@ def list_files(source: str) -> tuple[Place, list[ListedFile]]:
     except DataError:
         raise
     except Exception as error:  # whatever the package of that scheme raises
-        raise DataError(f"data.source={source!r} cannot be read: {error}") from error
+        one_line = " ".join(str(error).split())
+        raise DataError(
+            f"data.source={source!r} cannot be read: {one_line}; check that it can be reached, "
+            f"and your rights to it{login}"
+        ) from error
     if pattern and not found:
         raise DataError(f"data.source={source!r} matches no file: mend the pattern")
-    is_s3 = "s3" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+    is_s3 = "s3" in schemes
     files = [_listed(name[len(root) + 1 :], info, is_s3) for name, info in found.items()]
-    uri = root if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(root)
-    return Place(uri or "/"), sorted(
+    place = Place((root if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(root)) or "/")
+    place.renew()
+    return place, sorted(
         (file for file in files if not _is_hidden(file.name)), key=lambda file: file.name
     )
+
+
+def _opened(source: str) -> tuple[Any, str]:
+    try:
+        return url_to_fs(source)  # type: ignore[no-any-return]
+    except Exception as error:  # of a scheme that is not known, or whose package is missing
+        raise DataError(f"data.source={source!r} cannot be read: {error}") from error
 
 
 def _before_the_pattern(path: str) -> str:
@@ -94,8 +123,8 @@ def _glob(fs: Any, path: str) -> dict[str, dict[str, Any]]:
 
 def _listed(name: str, info: dict[str, Any], is_s3: bool) -> ListedFile:
     etag = str(info.get("ETag") or "").strip('"')
-    known = etag or info.get("mtime") or info.get("LastModified") or info.get("Last-Modified")
-    mark = str(known or uuid.uuid4())  # of a file without a mark nothing is remembered
+    marks = (etag, *(info.get(name) for name in MARKS))
+    mark = str(next(filter(None, marks), uuid.uuid4()))  # of one without, nothing is remembered
     name = name.encode("utf-8", "backslashreplace").decode()  # else it will not be found, by name
     # a web server's is often no hash, but made of the size and the time
     return ListedFile(name, int(info.get("size") or 0), mark, etag if is_s3 else "")

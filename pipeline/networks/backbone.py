@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+class Block(nn.Module):
+    """A part of a backbone that is run, computed again and spread over ranks as a whole."""
+
+
 class Backbone(nn.Module):
     """ε_θ(x_t, t, label), made of blocks that are run one after another."""
 

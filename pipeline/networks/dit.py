@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.networks.backbone import Backbone
+from pipeline.networks.backbone import Backbone, Block
 from pipeline.networks.dropout import AddressedDropout, number_layers
 from pipeline.networks.embedding import grid_embedding, sinusoidal_embedding
 
@@ -58,7 +58,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-class Block(nn.Module):
+class TransformerBlock(Block):
     """Self-attention, then an MLP, each with adaLN-Zero."""
 
     def __init__(self, config: DiTConfig) -> None:
@@ -125,7 +125,7 @@ class DiT(Backbone):
         self.register_buffer("place", place, persistent=False)  # a constant, not a weight
         self.embed_t = nn.Sequential(nn.Linear(TIME_DIM, D), nn.SiLU(), nn.Linear(D, D))
         self.embed_label = nn.Embedding(num_classes + 1, D) if num_classes else None
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList([TransformerBlock(config) for _ in range(config.depth)])
         self.norm_out = nn.LayerNorm(D, elementwise_affine=False, eps=1e-6)
         self.modulation_out = nn.Linear(D, 2 * D)
         self.out = nn.Linear(D, p * p * (out_channels or channels))
@@ -145,7 +145,7 @@ class DiT(Backbone):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
         for module in self.modules():
-            if isinstance(module, Block):
+            if isinstance(module, TransformerBlock):
                 nn.init.zeros_(module.modulation.weight)
         nn.init.zeros_(self.modulation_out.weight)
         nn.init.zeros_(self.out.weight)

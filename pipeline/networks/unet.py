@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.networks.backbone import Backbone
+from pipeline.networks.backbone import Backbone, Block
 from pipeline.networks.dropout import AddressedDropout, number_layers
 from pipeline.networks.embedding import sinusoidal_embedding
 
@@ -166,7 +166,7 @@ class SelfAttention(nn.Module):
         return out
 
 
-class Stage(nn.Module):
+class Stage(Block):
     """A residual block, then attention where the resolution asks for it."""
 
     def __init__(

@@ -12,11 +12,13 @@ from typing import Any
 
 from pydantic import BaseModel, Field, field_validator
 from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from pipeline import storage
 from pipeline.errors import CorruptArtifact, ModelNotFound
 from pipeline.registry.runs import SQLITE, TrackedRun, explained, in_turn, make_client
 from pipeline.samplers.model import Model, ModelSpec, build_model
+from pipeline.training import checkpoint
 
 WEIGHTS = "weights.safetensors"
 MODEL_JSON = "model.json"
@@ -101,28 +103,39 @@ def load_model(uri: str, tracking_uri: str | None = None) -> Model:
     if uri.startswith("models:/"):
         assert tracking_uri is not None
         uri = _download(uri, tracking_uri)
-    description, weights_name = _read_description(uri)
-    weights = storage.read_bytes(storage.join(uri, weights_name))
-    if storage.sha256(weights) != description["weights_sha256"]:
-        raise CorruptArtifact(
-            f"{storage.join(uri, weights_name)} does not match its recorded sha256: it was damaged "
-            "or replaced since it was written"
-        )
-    spec = ModelSpec.model_validate(description["spec"])
+    try:
+        spec, weights = _read_model(uri)
+    except FileNotFoundError:
+        try:
+            spec, weights = read_checkpoint(uri)
+        except FileNotFoundError as error:
+            raise ModelNotFound(
+                f"{uri} holds neither a registered model nor a checkpoint"
+            ) from error
     return build_model(spec, load_tensors(weights), model_digest(spec, weights))
 
 
-def _read_description(uri: str) -> tuple[dict[str, Any], str]:
-    for name in (MODEL_JSON, "state.json"):
-        try:
-            description = storage.read_json(storage.join(uri, name))
-        except FileNotFoundError:
-            continue
-        if name == MODEL_JSON:
-            return description, WEIGHTS
-        sha256 = description["files"]["ema.safetensors"]
-        return {"spec": description["spec"], "weights_sha256": sha256}, "ema.safetensors"
-    raise ModelNotFound(f"{uri} holds neither a registered model nor a checkpoint")
+def _read_model(uri: str) -> tuple[ModelSpec, bytes]:
+    description = storage.read_json(storage.join(uri, MODEL_JSON))
+    weights = storage.read_bytes(storage.join(uri, WEIGHTS))
+    if storage.sha256(weights) != description["weights_sha256"]:
+        raise CorruptArtifact(
+            f"{storage.join(uri, WEIGHTS)} does not match its recorded sha256: it was damaged or "
+            "replaced since it was written"
+        )
+    return ModelSpec.model_validate(description["spec"]), weights
+
+
+def read_checkpoint(uri: str) -> tuple[ModelSpec, bytes]:
+    """The spec and the EMA weights of a checkpoint, in one safetensors file even if it was cut.
+
+    Raises:
+        CorruptArtifact: they do not match their recorded sha256.
+        FileNotFoundError: there is no complete checkpoint.
+    """
+    info = checkpoint.at(uri)
+    weights = save_tensors(checkpoint.read_tensors(info, "ema.safetensors"))
+    return ModelSpec.model_validate(info.state["spec"]), weights
 
 
 def _download(uri: str, tracking_uri: str) -> str:

@@ -7,6 +7,8 @@ are drawn by the losses so far, `loss_scale.safetensors` with float16 and, writt
 Without a valid `state.json` a folder does not count.
 """
 
+import re
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,12 +20,17 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from pipeline import storage
-from pipeline.errors import CorruptArtifact
+from pipeline.errors import CorruptArtifact, StorageError
+from pipeline.training import parallel
 from pipeline.training.loop import TrainState
 
 STATE = "state.json"
 TIMESTEPS = "timesteps.safetensors"
 LOSS_SCALE = "loss_scale.safetensors"
+SUFFIX = ".safetensors"
+SLICE = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
+PATIENCE = 600.0
+"""Seconds for which rank 0 waits for what the others write."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +71,16 @@ def tensors_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
 class Writer:
     """Writes the checkpoints of a run on a thread, one at a time, while training goes on.
 
-    It holds a copy of the state while it writes, in the memory of the CPU. Leaving the context
-    waits for what is being written.
+    It holds a copy of what this rank writes, in the memory of the CPU. Rank 0 writes what is whole,
+    and each rank its slices of what is cut; rank 0 waits for the others, and has the last word with
+    `state.json`. Leaving the context waits for what is being written.
 
     Args:
         folder: URI of the run's folder.
         spec: of the model, as JSON.
         keep: how many complete checkpoints stay.
-        written: called on the thread with each checkpoint that is complete.
+        written: called on rank 0's thread with each checkpoint that is complete.
+        attempt: a number that all ranks of this attempt, and no others, have in common.
     """
 
     def __init__(
@@ -80,31 +89,63 @@ class Writer:
         spec: dict[str, Any],
         keep: int,
         written: Callable[[CheckpointInfo], None] = lambda info: None,
+        attempt: int = 0,
     ) -> None:
         self.folder, self.spec, self.keep, self.written = folder, spec, keep, written
+        self.attempt = attempt
+        self.rank, self.world_size = parallel.rank_and_world_size()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[None] | None = None
 
     def save(self, state: TrainState, history: list[dict[str, float]]) -> None:
         """Write the checkpoint of `state.step`; waits for the one before.
 
+        The same step again is harmless. All ranks call it.
+
         Raises:
             StorageError: the one before could not be written.
         """
         if self._last is not None:
             self._last.result()
-        copies = {
-            file: {name: _copy(tensor) for name, tensor in tensors.items()}
-            for file, tensors in tensors_of(state).items()
-        }
-        self._last = self._thread.submit(self._write, state.step, copies, list(history))
+        files, is_cut = {}, False
+        for file, tensors in tensors_of(state).items():
+            sliced = {name for name, tensor in tensors.items() if parallel.is_sliced(tensor)}
+            is_cut |= bool(sliced)
+            mine = tensors.keys() if self.rank == 0 else sliced
+            if mine or self.rank == 0:
+                path = _slice_name(file, self.rank, self.world_size) if sliced else file
+                files[path] = {name: _copy(tensors[name]) for name in tensors if name in mine}
+        self._last = self._thread.submit(self._write, state.step, files, is_cut, list(history))
 
     def _write(
-        self, step: int, files: dict[str, dict[str, Tensor]], history: list[dict[str, float]]
+        self,
+        step: int,
+        files: dict[str, dict[str, Tensor]],
+        is_cut: bool,
+        history: list[dict[str, float]],
     ) -> None:
-        info = save(self.folder, step, files, self.spec, history)
+        uri = storage.join(self.folder, checkpoint_name(step))
+        hashes = {
+            file: storage.write_bytes(storage.join(uri, file), save_tensors(tensors)).sha256
+            for file, tensors in files.items()
+        }
+        if self.rank:
+            if is_cut:
+                storage.write_json(self._note(uri, self.rank), hashes)
+            return
+        notes = [self._note(uri, rank) for rank in range(1, self.world_size if is_cut else 1)]
+        for note in notes:
+            hashes |= _wait_for_json(note)
+        record = {"format": 1, "step": step, "spec": self.spec, "history": history, "files": hashes}
+        storage.write_json(storage.join(uri, STATE), record)
+        for note in notes:
+            storage.remove(note)
         prune(self.folder, self.keep)
-        self.written(info)
+        self.written(CheckpointInfo(uri, record))
+
+    def _note(self, uri: str, rank: int) -> str:
+        """Where a rank says what it has written; one that died in between left another."""
+        return storage.join(uri, f"rank-{rank:05d}-{self.attempt:x}.json")
 
     def __enter__(self) -> "Writer":
         return self
@@ -115,26 +156,21 @@ class Writer:
             self._last.result()
 
 
-def save(
-    folder: str,
-    step: int,
-    files: dict[str, dict[str, Tensor]],
-    spec: dict[str, Any],
-    history: list[dict[str, float]],
-) -> CheckpointInfo:
-    """Write the checkpoint of a step below `folder`; the same step again is harmless.
+def _slice_name(file: str, rank: int, world_size: int) -> str:
+    """`model.safetensors` -> `model-00001-of-00002.safetensors`"""
+    return f"{file.removesuffix(SUFFIX)}-{rank:05d}-of-{world_size:05d}{SUFFIX}"
 
-    Args:
-        files: file -> name -> tensor, see `tensors_of`.
-    """
-    uri = storage.join(folder, checkpoint_name(step))
-    hashes = {
-        file: storage.write_bytes(storage.join(uri, file), save_tensors(tensors)).sha256
-        for file, tensors in files.items()
-    }
-    record = {"format": 1, "step": step, "spec": spec, "history": history, "files": hashes}
-    storage.write_json(storage.join(uri, STATE), record)
-    return CheckpointInfo(uri, record)
+
+def _wait_for_json(uri: str) -> Any:
+    begin = time.monotonic()
+    while not storage.exists(uri):
+        if time.monotonic() - begin > PATIENCE:
+            raise StorageError(
+                f"a rank has not written its part of a checkpoint in {PATIENCE:g} s: {uri} is "
+                "missing; run the same command again"
+            )
+        time.sleep(0.1)
+    return storage.read_json(uri)
 
 
 def complete_checkpoints(folder: str) -> list[CheckpointInfo]:
@@ -154,8 +190,8 @@ def latest_sound(folder: str) -> CheckpointInfo | None:
     """The newest checkpoint whose files all match their hashes; None if there is none."""
     for info in reversed(complete_checkpoints(folder)):
         try:
-            for name in info.state["files"]:
-                read_tensors(info, name)
+            for file in info.state["files"]:
+                _read_file(info, file)
         except (CorruptArtifact, FileNotFoundError):
             continue  # damaged: the one before it will do
         return info
@@ -163,12 +199,16 @@ def latest_sound(folder: str) -> CheckpointInfo | None:
 
 
 def read(folder: str, step: int) -> CheckpointInfo:
-    """The checkpoint of a step.
+    """The checkpoint of a step; raises as `at` does."""
+    return at(storage.join(folder, checkpoint_name(step)))
+
+
+def at(uri: str) -> CheckpointInfo:
+    """The checkpoint at a place.
 
     Raises:
         FileNotFoundError: it is not there, or not complete.
     """
-    uri = storage.join(folder, checkpoint_name(step))
     return CheckpointInfo(uri, storage.read_json(storage.join(uri, STATE)))
 
 
@@ -178,8 +218,14 @@ def load(info: CheckpointInfo, state: TrainState) -> None:
     Raises:
         CorruptArtifact: a file does not match its hash.
     """
-    tensors = {name: read_tensors(info, name) for name in info.state["files"]}
-    state.network.load_state_dict(tensors["model.safetensors"])
+    tensors = {
+        file: read_tensors(info, file) for file in {SLICE.sub("", f) for f in info.state["files"]}
+    }
+    weights = {
+        name: parallel.cut_like(tensors["model.safetensors"][name], tensor)
+        for name, tensor in state.network.state_dict().items()
+    }
+    state.network.load_state_dict(weights)
     for average in state.ema.averages:
         state.ema.load(tensors[f"{average}.safetensors"], average)
     _load_optimizer_tensors(state.network, state.optimizer, tensors["optimizer.safetensors"])
@@ -190,15 +236,24 @@ def load(info: CheckpointInfo, state: TrainState) -> None:
     state.step = info.step
 
 
-def read_tensors(info: CheckpointInfo, name: str) -> dict[str, Tensor]:
-    """One of a checkpoint's safetensors files.
+def read_tensors(info: CheckpointInfo, file: str) -> dict[str, Tensor]:
+    """What `tensors_of` calls `file`, whole: put together from its slices if it was cut.
 
     Raises:
-        CorruptArtifact: it does not match the sha256 in state.json.
+        CorruptArtifact: a file does not match the sha256 in state.json.
     """
-    data = storage.read_bytes(storage.join(info.uri, name))
-    if storage.sha256(data) != info.state["files"][name]:
-        raise CorruptArtifact(f"{storage.join(info.uri, name)} does not match its recorded sha256")
+    paths = sorted(path for path in info.state["files"] if SLICE.sub("", path) == file)
+    slices: dict[str, list[Tensor]] = {}
+    for path in paths:
+        for name, tensor in _read_file(info, path).items():
+            slices.setdefault(name, []).append(tensor)
+    return {name: torch.cat(of) if len(of) > 1 else of[0] for name, of in slices.items()}
+
+
+def _read_file(info: CheckpointInfo, path: str) -> dict[str, Tensor]:
+    data = storage.read_bytes(storage.join(info.uri, path))
+    if storage.sha256(data) != info.state["files"][path]:
+        raise CorruptArtifact(f"{storage.join(info.uri, path)} does not match its recorded sha256")
     tensors: dict[str, Tensor] = load_tensors(data)
     return tensors
 
@@ -213,9 +268,8 @@ def prune(folder: str, keep: int) -> None:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """In memory of its own on the CPU, which the next step will not change."""
-    copy = tensor.detach().to("cpu", copy=True)
-    return copy.contiguous()
+    """What this rank has of it, on the CPU, in memory that the next step does not change."""
+    return parallel.slice_of(tensor.detach()).to("cpu", copy=True).contiguous()
 
 
 def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -234,6 +288,8 @@ def _load_optimizer_tensors(
     for path, value in tensors.items():
         slot, name = path.split("/", 1)
         parameter = by_name[name]
-        # AdamW keeps its step count on the CPU, its moments beside the parameter
-        placed = value if slot == "step" else value.to(parameter.device)
+        # AdamW keeps its moments beside the parameter, and its step count too if it is fused
+        if slot != "step" or optimizer.defaults["fused"]:
+            value = value.to(parameter.device)
+        placed = value if slot == "step" else parallel.cut_like(value, parameter)
         optimizer.state[parameter][slot] = placed

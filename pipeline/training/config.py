@@ -68,6 +68,9 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     accumulate: int = Field(default=1, ge=1)
     """A worker computes its rows of a batch in so many parts, one after the other, and steps once:
     for batches that do not fit in memory."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several workers. ddp: each has all weights. fsdp: each has a slice of them, of their
+    averages and of the optimizer's state, for networks that do not fit."""
     recompute: bool = False
     """Keep only what goes into each block of the network for the backward pass, and compute the
     rest again there: less memory for a third more work."""
@@ -100,6 +103,15 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError(
                 f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}, "
                 "so that every part is of the same size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _slices_agree_on_overflow(self) -> "TrainingConfig":
+        if self.parallel == "fsdp" and self.precision == "float16":
+            raise ValueError(
+                "precision=float16 with parallel=fsdp would let workers disagree on which steps to "
+                "leave out: use precision=bfloat16"
             )
         return self
 
@@ -160,6 +172,11 @@ def check_objective(diffusion: DiffusionConfig, training: TrainingConfig) -> Non
         raise ValueError(
             f"training.objective={training.objective} cannot learn a schedule: with "
             "diffusion.schedule=learned use training.objective=vlb"
+        )
+    if learned and training.parallel == "fsdp":
+        raise ValueError(
+            "training.parallel=fsdp cannot cut a learned schedule, whose weights are single "
+            "numbers: use training.parallel=ddp"
         )
     if learned and diffusion.prediction not in ("eps", "v"):
         raise ValueError(

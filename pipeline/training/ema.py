@@ -19,6 +19,8 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
+from pipeline.training.parallel import cut_like, slice_of
+
 OWNERS = {
     "decay": "decay",
     "half_life": "half_life",
@@ -132,12 +134,12 @@ class Ema:
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Take in the weights after optimizer step `step` (from 0)."""
-        current = {name: _float(_local(t)) for name, t in network.state_dict().items()}
+        current = {name: _float(slice_of(t)) for name, t in network.state_dict().items()}
         averaged = [name for name, tensor in current.items() if tensor.is_floating_point()]
         weights = [current[name] for name in averaged]
         rates = decays(self.config, step, self.batch_size)
         for average, decay in zip(self.averages.values(), rates, strict=True):
-            torch._foreach_lerp_([_local(average[name]) for name in averaged], weights, 1 - decay)
+            torch._foreach_lerp_([slice_of(average[name]) for name in averaged], weights, 1 - decay)
             for name in current.keys() - averaged:
                 average[name].copy_(current[name])
 
@@ -145,26 +147,9 @@ class Ema:
     def load(self, weights: dict[str, Tensor], average: str = "ema") -> None:
         """Take over an average, of whole weights or of such shards as this one's."""
         for name, tensor in self.averages[average].items():
-            tensor.copy_(_placed(weights[name], tensor))
+            tensor.copy_(cut_like(weights[name], tensor))
 
 
 def _float(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, a view; a whole one as it is."""
-    # asked in this way because to import DTensor takes every command 0.8 s
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor cut into shards as `like` is, each rank keeping its part of its own copy."""
-    if hasattr(tensor, "to_local") or not hasattr(like, "to_local"):
-        return tensor
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(like, DTensor)
-    whole = tensor.to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

@@ -91,8 +91,8 @@ def train(
 
     Args:
         batches: this rank's, from step state.step on.
-        forward: what computes the network and reduces gradients over the ranks: state.network
-            itself, or its DistributedDataParallel wrapping.
+        forward: what computes the network and reduces gradients over the ranks, see
+            `parallel.wrap`.
         schedule: None if it is learned, beside the network.
         num_classes: also the null label; 0 for an unconditional network.
 
@@ -154,7 +154,8 @@ def train(
         lr = learning_rate(step, config)
         norms = []
         for group in state.optimizer.param_groups:
-            norms.append(nn.utils.clip_grad_norm_(group["params"], config.grad_clip))
+            norm = nn.utils.clip_grad_norm_(group["params"], config.grad_clip)
+            norms.append(parallel.whole(norm))
             group["lr"] = lr
         state.loss_scale.step(state.optimizer)
         state.ema.update(state.network, step)

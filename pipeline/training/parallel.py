@@ -1,10 +1,16 @@
-"""Data-parallel ranks with torch alone; who starts the processes is the caller's business."""
+"""Data-parallel ranks with torch alone; who starts the processes is the caller's business.
+
+A network that does not fit on every rank is cut: each rank keeps a slice of each weight (a DTensor)
+and fetches the rest of a block when it computes it.
+"""
 
 import contextlib
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.networks.backbone import Block
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -15,8 +21,8 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def wrap(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network with gradients averaged over the ranks; itself if it is alone."""
-    if rank_and_world_size()[1] == 1:
+    """The network with gradients averaged over the ranks; itself if it is alone, or cut."""
+    if rank_and_world_size()[1] == 1 or any(map(is_sliced, network.parameters())):
         return network
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(network, device_ids=device_ids)
@@ -27,10 +33,54 @@ def reducing(forward: nn.Module, reduce: bool) -> contextlib.AbstractContextMana
 
     Those that are not are added to those that come after, and averaged with them.
     """
-    if reduce or not isinstance(forward, DistributedDataParallel):
-        return contextlib.nullcontext()
-    without: contextlib.AbstractContextManager[None] = forward.no_sync()
-    return without
+    if isinstance(forward, DistributedDataParallel) and not reduce:
+        without: contextlib.AbstractContextManager[None] = forward.no_sync()
+        return without
+    if hasattr(forward, "set_requires_gradient_sync"):
+        forward.set_requires_gradient_sync(reduce)  # type: ignore[operator]
+    return contextlib.nullcontext()
+
+
+def cut(network: nn.Module, device: torch.device) -> None:
+    """Keep a slice of every weight on each rank, block by block (Zhao et al. 2023, FSDP).
+
+    Before its optimizer and its averages are made, which are then cut in the same way.
+    """
+    # here, since to import them takes every command 0.8 s
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (rank_and_world_size()[1],))
+    for block in [module for module in network.modules() if isinstance(module, Block)]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def is_sliced(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
+
+
+def slice_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a sliced tensor, a view; a whole one as it is."""
+    part: Tensor = tensor.to_local() if is_sliced(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sliced tensor put together, for which it waits for all ranks; a whole one as it is."""
+    full: Tensor = tensor.full_tensor() if is_sliced(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
+def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor cut into slices as `like` is, each rank keeping its part of its own copy."""
+    if is_sliced(tensor) or not is_sliced(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    there = tensor.to(like.device)
+    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

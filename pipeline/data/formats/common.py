@@ -57,9 +57,10 @@ class Place:
         if storage.local_path(self.uri) is not None:
             yield from map(self.read, names)
             return
+        yield from map(self.read, names[:1])  # else each thread would list its folder, on a Hub
         with ThreadPoolExecutor(max_workers=FETCHED_AHEAD) as pool:
             waiting: deque[Future[bytes]] = deque()
-            for name in names:
+            for name in names[1:]:
                 waiting.append(pool.submit(self.read, name))
                 if len(waiting) == FETCHED_AHEAD:
                     yield waiting.popleft().result()
@@ -75,6 +76,14 @@ class Place:
     def exists(self, name: str) -> bool:
         fs, path = self._path(name)
         return bool(fs.exists(path))
+
+    def renew(self) -> None:
+        """Let all threads of this process read through the file system of the calling one.
+
+        It has listed the place; that of another thread may remember how the files once were.
+        """
+        _open.cache_clear()
+        _open(self.uri)
 
     def error(self, name: str, problem: str) -> DataError:
         """`problem` of a file as one sentence; it begins with a verb, such as `is truncated`."""
