@@ -20,6 +20,7 @@ import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
+from safetensors.torch import load_file
 
 from pipeline import storage
 from pipeline.data.images import png
@@ -298,6 +299,24 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_no_retry(
     assert len(found["images"]) == 32
     assert "Traceback" not in output
     assert final_step(place) == 0, "nothing of it is saved"
+
+
+def test_a_network_that_is_cut_over_the_workers_is_registered_whole(
+    tiny: Workplace, tmp_path: Path
+) -> None:
+    place = place_with_shards(tiny, tmp_path)
+    place.run_tiny("training.parallel=fsdp", "training.steps=20", verb="register")
+    (last,) = place.folder.glob("runs/train/*/step-000000020")
+    names = {path.name for path in last.iterdir()}
+    assert {"ema-00000-of-00002.safetensors", "ema-00001-of-00002.safetensors"} <= names
+    assert "ema.safetensors" not in names
+    (weights,) = place.folder.rglob("weights.safetensors")
+    (quiet,) = tiny.folder.rglob("weights.safetensors")
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(path).items()}
+        for path in (weights, quiet)
+    ]
+    assert shapes[0] == shapes[1]
 
 
 def test_a_batch_larger_than_the_data_is_refused(tiny: Workplace, tmp_path: Path) -> None:
