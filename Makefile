@@ -42,6 +42,9 @@ bench: install $(PEERS)/.installed  ## Run the benchmarks that need no model, in
 	$(BIN)/python -m tests.benchmarks.record preprocess --decoders
 	$(BIN)/python -m tests.benchmarks.record preprocess --scale
 	$(BIN)/python -m tests.benchmarks.record load_batches --peers $(PEERS)/bin/python
+	$(BIN)/python -m tests.benchmarks.record train_step
+	$(BIN)/python -m tests.benchmarks.record train_step --profile
+	$(BIN)/python -m tests.benchmarks.record ray_overhead
 
 serve: install   ## Serve the digits that `make run` trained
 	$(BIN)/ddpm serve digits@champion --replicas 2

@@ -1100,7 +1100,7 @@ SOUND: dict[str, tuple[ModuleType, bytes, dict[str, bytes]]] = {
     "a.tar.gz": (tar_files, tar(WEBDATASET, "w:gz"), {}),
     "a.zip": (zip_files, zipped(TREE | {"dataset.json": b'{"labels": [["c.png", 1]]}'}), {}),
     "a.parquet": (parquet, table(hugging_face(PNG, [0, 1, 2, 0, 1, 2, 0]), row_group_size=3), {}),
-    "part.parquet": (parquet, encode_part(COLOUR, [0] * 7, list("abcdefg"), ["x"]), {}),
+    "part.parquet": (parquet, bytes(encode_part(COLOUR, [0] * 7, list("abcdefg"), ["x"])), {}),
     f"{IMAGES}": (idx, idx_bytes(GREY), {LABELS: idx_bytes(CLASSES)}),
     f"{IMAGES}.gz": (idx, gzip.compress(idx_bytes(GREY)), {LABELS: idx_bytes(CLASSES)}),
     "a.bin": (cifar, cifar_bytes([1] * 5), {"batches.meta.txt": "\n".join(TEN).encode()}),

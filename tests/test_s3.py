@@ -1,6 +1,8 @@
 """Images in a bucket, ShardSets in a bucket, through an S3 server that is not always well."""
 
+import contextlib
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +13,14 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
+from pipeline.data.batches import Batches, prefetch
 from pipeline.data.input_shards import cut, read
+from pipeline.data.parts import Part, read_parts
+from pipeline.data.preprocess import preprocess_shard
 from pipeline.data.sources import DataConfig, scan
+from pipeline.data.windows import WindowedShuffle
 from pipeline.errors import StorageError
+from pipeline.storage import FileEntry, Manifest
 from tests.conftest import Workplace, tiny_command
 
 pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
@@ -133,6 +140,45 @@ def test_what_s3_refuses_or_never_answers_is_one_sentence(s3: S3, here: pytest.M
     with pytest.raises(StorageError, match="Could not connect to the endpoint") as refused:
         storage.list_names("s3://bucket/x")
     assert "\n" not in str(refused.value)
+
+
+def write_shard_set(folder: str, copy: str) -> None:
+    """A ShardSet of the photos in the bucket, made as the stage makes it, and a copy."""
+    config = DataConfig(source="s3://bucket/photos", image_size=8, channels=3, images_per_shard=16)
+    source = scan(config)
+    shards = cut(source, config.images_per_shard)
+    records = [preprocess_shard(shard, config, source.class_names, folder) for shard in shards]
+    files = [FileEntry(**file) for record in records for file in record["files"]]
+    manifest = Manifest(format=1, stage="preprocess", id="x", inputs={}, config={}, files=files)
+    storage.commit(folder, manifest)
+    for name in [storage.MANIFEST, *(file.path for file in files)]:
+        storage.write_bytes(f"{copy}/{name}", storage.read_bytes(f"{folder}/{name}"))
+
+
+def two_epochs(parts: list[Part]) -> list[tuple[bytes, list[int]]]:
+    """(pixels, labels) of the batches as training reads them, in windows."""
+    steps = -(-2 * sum(part.num_images for part in parts) // 8)
+    with contextlib.closing(WindowedShuffle(parts, 5, 8, window=24, lanes=2)) as shuffle:
+        batches = prefetch(Batches(shuffle), 0, steps)
+        return [(batch.pixels.numpy().tobytes(), batch.labels.tolist()) for batch in batches]
+
+
+def test_training_reads_the_same_windows_from_an_unreliable_bucket_as_from_a_disk(
+    s3: S3, here: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here.setattr("pipeline.data.shards.ROW_GROUP_SIZE", 5)
+    write_shard_set("s3://bucket/set", str(tmp_path))
+    wrong_at = {7: "503", 14: "cut", 21: "slow"}
+    row_groups = itertools.count()
+
+    def fault(_: int, method: str, path: str) -> str:
+        return wrong_at.get(next(row_groups), "") if method == "GET" else ""
+
+    parts = read_parts("s3://bucket/set", "train")
+    proxy = through(here, s3, fault)
+    assert two_epochs(parts) == two_epochs(read_parts(str(tmp_path), "train"))
+    assert [wrong for _, _, wrong in proxy.requests if wrong] == list(wrong_at.values())
+    proxy.close()
 
 
 def parts_in(folder: str) -> dict[str, bytes]:

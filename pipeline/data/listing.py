@@ -16,8 +16,8 @@ BUILTIN = "builtin:"
 """What a source that is part of a package begins with."""
 MARKS = ("mtime", "LastModified", "Last-Modified", "blob_id")
 """By what name file systems say when a file was written; Hugging Face's, what git calls it."""
-LOGIN = "; what is private or gated there needs a token: run hf auth login, or set HF_TOKEN"
-"""Without one the Hub says of a private repository that it does not exist."""
+LOGIN = "; what is private there needs a token: run hf auth login, or set HF_TOKEN"
+"""Without one Hugging Face's Hub says that there is no such repository."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def list_files(source: str) -> tuple[Place, list[ListedFile]]:
     except DataError:
         raise
     except Exception as error:  # whatever the package of that scheme raises
-        one_line = " ".join(str(error).split())
+        one_line = " ".join(str(error).split()).rstrip(".")
         raise DataError(
             f"data.source={source!r} cannot be read: {one_line}; check that it can be reached, "
             f"and your rights to it{login}"
@@ -123,8 +123,8 @@ def _glob(fs: Any, path: str) -> dict[str, dict[str, Any]]:
 
 def _listed(name: str, info: dict[str, Any], is_s3: bool) -> ListedFile:
     etag = str(info.get("ETag") or "").strip('"')
-    marks = (etag, *(info.get(name) for name in MARKS))
-    mark = str(next(filter(None, marks), uuid.uuid4()))  # of one without, nothing is remembered
+    known = etag or next(filter(None, map(info.get, MARKS)), None)
+    mark = str(known or uuid.uuid4())  # of a file without a mark nothing is remembered
     name = name.encode("utf-8", "backslashreplace").decode()  # else it will not be found, by name
     # a web server's is often no hash, but made of the size and the time
     return ListedFile(name, int(info.get("size") or 0), mark, etag if is_s3 else "")
