@@ -9,8 +9,11 @@ to MLflow, which only the driver writes to.
 """
 
 import contextlib
+import importlib.metadata
 import logging
 import math
+import os
+import platform
 import secrets
 import threading
 import time
@@ -24,6 +27,7 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
+import yaml
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -330,6 +334,11 @@ def run(ctx: StageContext) -> Outcome:
     )
     sheet = storage.join(ctx.inputs["preprocess"], f"{CONTACT_SHEET}.png")
     tracked.log_image(CONTACT_SHEET, 0, storage.read_bytes(sheet))
+    for name, content in (
+        ("config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False)),
+        ("environment.txt", environment()),
+    ):
+        tracked.log_artifact("", name, content.encode())
     ctx.progress.start(config.training.steps, "steps")
     reporter = Reporter.remote()  # type: ignore[attr-defined]
     job = Job(config, ctx.folder, ctx.inputs["preprocess"], shards.stats["class_names"], reporter)
@@ -408,6 +417,16 @@ def run(ctx: StageContext) -> Outcome:
             time.sleep(MLFLOW_PAUSE)
     storage.remove(storage.join(ctx.folder, "ray"))
     return _outcome(ctx, info)
+
+
+def environment() -> str:
+    """The machine of the driver, and the packages it has with their versions."""
+    packages = {f"{d.name}=={d.version}" for d in importlib.metadata.distributions()}
+    machine = (
+        f"# Python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores, "
+        f"{torch.cuda.device_count()} GPUs"
+    )
+    return "\n".join([machine, *sorted(packages, key=str.lower), ""])
 
 
 def _log(ctx: StageContext, history: deque[dict[str, float]]) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
+import yaml
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
@@ -96,8 +98,16 @@ def test_no_image_is_lost_between_source_and_shards(tiny: Workplace) -> None:
 
 def test_the_mlflow_run_tells_the_training(tiny: Workplace) -> None:
     assert [step for step, _ in metric_history(tiny, "loss")] == list(range(5, 61, 5))
-    for name in ("lr", "images_per_second"):
+    for name in ("lr", "images_per_second", "grad_norm", "system/cpu_utilization_percentage"):
         assert len(metric_history(tiny, name)) == 12
+    utilisation = [share for _, share in metric_history(tiny, "utilisation")]
+    assert all(0 < share < 2 for share in utilisation)
+    quartiles = [metric_history(tiny, f"loss_quartile_{i}")[-1][1] for i in (1, 2, 3, 4)]
+    assert quartiles[0] > quartiles[3], "the less noise, the harder it is to see"
+    (config,) = (tiny.folder / "mlruns").rglob("config.yaml")
+    assert yaml.safe_load(config.read_text())["training"]["steps"] == 60
+    (environment,) = (tiny.folder / "mlruns").rglob("environment.txt")
+    assert f"torch=={torch.__version__}" in environment.read_text()
     assert [step for step, _ in metric_history(tiny, "holdout_loss")] == [20, 40, 60]
     assert len(metric_history(tiny, "class_accuracy")) == 1
     with database_of(tiny) as database:

@@ -29,6 +29,7 @@ def test_figures_are_means_over_the_steps_since_the_last_time() -> None:
     assert figures["loss_quartile_3"] == pytest.approx(2.0)
     assert "loss_quartile_2" not in figures, "no timestep fell there"
     assert figures["utilisation"] == pytest.approx(figures["images_per_second"] * 1e6 / 1e9)
+    assert 0 < figures["system/system_memory_usage_percentage"] < 100
     watching.add(record(3, 5.0))
     assert watching.take()[0]["loss"] == 5.0
 

@@ -4,8 +4,10 @@ Figures stay on the device until `take` asks for them, once for many steps, and 
 ranks in one go.
 """
 
+import contextlib
 import time
 
+import psutil
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,6 +67,7 @@ class Watch:
             "images_per_second_per_worker": rate / world_size,
             "data_wait": float(waited),
             "utilisation": self.flops_per_image * rate / world_size / self.peak,
+            **machine_figures(last.loss.device),
         }
         sums, numbers = by_quartile.unbind(1)
         for i in numbers.nonzero().flatten().tolist():
@@ -74,6 +77,23 @@ class Watch:
             bad |= ~norms.isfinite()
         first = records[int(bad.nonzero()[0])].step if bad.any() else None
         return figures, first
+
+
+def machine_figures(device: torch.device) -> dict[str, float]:
+    """How busy this rank's node is, since the last call, by the names that MLflow gives them."""
+    memory = psutil.virtual_memory()
+    figures = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(),
+        "system/system_memory_usage_megabytes": memory.used / 1e6,
+        "system/system_memory_usage_percentage": memory.percent,
+    }
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        figures["system/gpu_0_memory_usage_megabytes"] = (total - free) / 1e6
+        figures["system/gpu_0_memory_usage_percentage"] = 100 * (1 - free / total)
+        with contextlib.suppress(ModuleNotFoundError):  # NVIDIA's package tells the rest
+            figures["system/gpu_0_utilization_percentage"] = float(torch.cuda.utilization(device))
+    return figures
 
 
 def training_flops(network: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> int:
