@@ -154,6 +154,7 @@ LEARNED = {"objective": "vlb", "timestep_sampler": "stratified"}
         (with_diffusion(schedule="cosine", timesteps=3, variance="learned_range"), HYBRID),
         (with_diffusion(schedule="learned", prediction="v"), LEARNED),
         (SPEC, {"precision": "float16"}),
+        (SPEC, {"channels_last": True}),
         (SPEC, {"ema": EmaConfig(kind="power")}),
         (with_dropout(0.3), {}),
     ],
@@ -163,6 +164,7 @@ LEARNED = {"objective": "vlb", "timestep_sampler": "stratified"}
         "drawn by the losses",
         "learned schedule",
         "float16",
+        "channels last",
         "power averages",
         "dropout",
     ],
@@ -195,6 +197,7 @@ def test_k_and_k_resumed_steps_equal_2k_steps_bit_for_bit(
 TWO_RANKS = {
     "simple": (SPEC, {"horizontal_flip": 0.5, "shift": 2}),
     "in parts, with dropout": (with_dropout(0.3), {"accumulate": 2}),
+    "channels last": (SPEC, {"channels_last": True}),
     "cut": (with_dropout(0.3), {"parallel": "fsdp", "accumulate": 2, "recompute": True}),
     "hybrid": (with_diffusion(schedule="cosine", timesteps=3, variance="learned_range"), HYBRID),
     "learned": (with_diffusion(schedule="learned"), LEARNED),

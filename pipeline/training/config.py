@@ -68,6 +68,9 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     accumulate: int = Field(default=1, ge=1)
     """A worker computes its rows of a batch in so many parts, one after the other, and steps once:
     for batches that do not fit in memory."""
+    channels_last: bool = False
+    """Keep images and convolutions with their channels side by side, as the tensor cores of GPUs
+    want them. On a CPU it is no faster, and with bfloat16 slower."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several workers. ddp: each has all weights. fsdp: each has a slice of them, of their
     averages and of the optimizer's state, for networks that do not fit."""

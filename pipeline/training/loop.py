@@ -102,7 +102,12 @@ def train(
     half = HALF.get(config.precision)
     autocast = torch.autocast(device.type, half, half is not None)
 
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    if config.channels_last and config.parallel == "ddp":  # slices have no layout of their own
+        state.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
     def network(image: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
+        image = image.contiguous(memory_format=layout)
         with autocast:
             out: Tensor = forward(image, time.to(device, non_blocking=True), label)
         return out
