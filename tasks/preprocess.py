@@ -32,6 +32,11 @@ NUM_EARLIER = 5
 """Finished ShardSets, the newest, in which unchanged shards are looked for."""
 
 
+# here, once: a worker takes a while to load a function that is new to it
+_look_task = ray.remote(max_retries=3)(look)
+_preprocess_task = ray.remote(max_retries=3)(preprocess_shard)
+
+
 def index_folder(storage_uri: str) -> str:
     """Where what a scan found in the files of its source is remembered."""
     return storage.join(storage_uri, "index")
@@ -39,9 +44,7 @@ def index_folder(storage_uri: str) -> str:
 
 def look_on_cluster(pieces: list[Piece], keep_in: str | None) -> Iterator[tuple[int, pa.Table]]:
     """`LookInto` of pipeline.data.pieces, in tasks."""
-    return in_flight.results(
-        ray.remote(max_retries=3)(look), [(piece, keep_in) for piece in pieces]
-    )
+    return in_flight.results(_look_task, [(piece, keep_in) for piece in pieces])
 
 
 def run(ctx: StageContext, source: Source) -> Outcome:
@@ -62,7 +65,7 @@ def run(ctx: StageContext, source: Source) -> Outcome:
     todo = [shard for shard in shards if shard.index not in records]
     todo.sort(key=lambda shard: -shard.items.num_rows)
     calls = [(shard, config, names, ctx.folder) for shard in todo]
-    for i, record in in_flight.results(ray.remote(max_retries=3)(preprocess_shard), calls):
+    for i, record in in_flight.results(_preprocess_task, calls):
         records[todo[i].index] = record
         ctx.progress.update(
             sum(num_items[i] for i in records), f"{len(records)} of {len(shards)} shards"

@@ -66,6 +66,9 @@ class StepRecord:
 def make_state(network: nn.Module, config: TrainingConfig, timesteps: int) -> TrainState:
     """The state before the first step, for a process of T = `timesteps`."""
     device = next(network.parameters()).device
+    # before it is wrapped, which takes the layout as it is; slices have none of their own
+    if config.channels_last and not any(map(parallel.is_sliced, network.parameters())):
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     by_losses = config.timestep_sampler == "loss_second_moment"
     return TrainState(
         network,
@@ -103,8 +106,6 @@ def train(
     autocast = torch.autocast(device.type, half, half is not None)
 
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    if config.channels_last and config.parallel == "ddp":  # slices have no layout of their own
-        state.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def network(image: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
         image = image.contiguous(memory_format=layout)
