@@ -1,0 +1,87 @@
+"""Previews of checkpoints: samples and the loss on held-out images, made beside the training."""
+
+import logging
+import math
+from collections import deque
+from typing import Any
+
+import ray
+import torch
+
+from pipeline.data.images import grid
+from pipeline.data.shards import read_split
+from pipeline.evaluation.metrics import holdout_loss
+from pipeline.registry.models import load_model
+from pipeline.samplers.plan import SamplingConfig
+from pipeline.seeding import key
+from pipeline.serving.engine import Engine, ImageRequest
+from tasks.stage import StageContext
+
+PREVIEW_STEPS = 25
+PREVIEW_IMAGES_PER_CLASS = 4
+
+
+def preview(uri: str, shard_set: str, guidance: float, seed: int) -> tuple[bytes, float]:
+    """A grid of samples from a checkpoint's EMA weights, and their loss on held-out images."""
+    torch.set_num_threads(1)  # beside the training workers
+    model = load_model(uri)
+    num_classes = model.spec.num_classes
+    steps = min(PREVIEW_STEPS, model.schedule.timesteps)
+    sampling = model.spec.admissible(SamplingConfig(steps=steps, guidance=guidance))
+    labels: list[int | None] = [None] * 16
+    if num_classes:
+        labels = [c for c in range(min(num_classes, 10)) for _ in range(PREVIEW_IMAGES_PER_CLASS)]
+    requests = [
+        ImageRequest(key(seed, "preview") >> 1, i, label, sampling)
+        for i, label in enumerate(labels)
+    ]
+    pixels = Engine(model).draw(requests)
+    columns = PREVIEW_IMAGES_PER_CLASS * 2 if num_classes else 4
+    loss, _ = holdout_loss(model, read_split(shard_set, "holdout"), seed)
+    return grid(pixels, columns), loss
+
+
+class Previews:
+    """Previews of checkpoints as they appear, one at a time, outside the training ranks."""
+
+    def __init__(self, ctx: StageContext) -> None:
+        self.ctx = ctx
+        self._waiting: deque[tuple[int, str]] = deque()
+        self._running: tuple[int, Any] | None = None
+        self._task = ray.remote(num_cpus=0, max_retries=1)(preview)
+
+    def add(self, step: int, uri: str) -> None:
+        self._waiting.append((step, uri))
+
+    def poll(self, wait: bool = False) -> None:
+        """Log what is done and start what is next; with `wait`, until there is no more.
+
+        Raises:
+            StorageError: MLflow cannot be used; the next call takes up where this one stopped.
+        """
+        while self._running or self._waiting:
+            if self._running is None:
+                step, uri = self._waiting[0]
+                is_there = self.ctx.tracked_run().has_image("samples", step)
+                self._waiting.popleft()
+                if is_there:
+                    continue
+                config = self.ctx.config
+                result = self._task.remote(
+                    uri, self.ctx.inputs["preprocess"], config.sampling.guidance, config.seed
+                )
+                self._running = (step, result)
+            step, result = self._running
+            if not ray.wait([result], timeout=None if wait else 0)[0]:
+                return
+            try:
+                png, loss = ray.get(result)
+            except ray.exceptions.RayError as error:
+                # such as a checkpoint pruned before it was read: training goes on, a preview less
+                logging.getLogger(__name__).warning("no preview of step %d: %s", step, error)
+            else:
+                run = self.ctx.tracked_run()
+                if math.isfinite(loss):
+                    run.log_history([{"step": step, "holdout_loss": loss}])
+                run.log_image("samples", step, png)  # last: its presence says that both are there
+            self._running = None  # only now: MLflow may be away

@@ -1,0 +1,195 @@
+"""The life of a training worker: one rank of a data-parallel training under Ray Train.
+
+What it has to say goes to the job's reporter, an actor that the driver listens to.
+"""
+
+import contextlib
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train.collective
+import ray.train.torch
+import torch
+
+from pipeline import storage
+from pipeline.config import RunConfig
+from pipeline.data.batches import Batches, FullShuffle, Shuffle, prefetch
+from pipeline.data.cache import memory_mapped
+from pipeline.data.parts import keys_at, read_parts
+from pipeline.data.windows import WindowedShuffle
+from pipeline.diffusion.schedules import make_schedule
+from pipeline.errors import PipelineError, TrainingDiverged
+from pipeline.networks.backbone import set_checkpointing
+from pipeline.samplers.model import ModelSpec
+from pipeline.seeding import key
+from pipeline.training import checkpoint, parallel, posthoc
+from pipeline.training.config import HALF, TrainingConfig
+from pipeline.training.loop import TrainState, make_state, train
+from pipeline.training.watch import Watch, measured_peak, training_flops
+
+NAMED_IMAGES = 3
+"""In the sentence that says which step is not finite."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training worker is told."""
+
+    config: RunConfig
+    folder: str
+    shard_set: str
+    class_names: list[str]
+    reporter: Any
+
+
+def train_worker(job: dict[str, Job]) -> None:
+    """The life of one rank. An error of ours would come again after a restart: it is reported."""
+    try:
+        _train_rank(job["job"])
+    except PipelineError as error:
+        ray.get(job["job"].reporter.push.remote({"error": error}))
+        # the other ranks may wait for this one, so the group must end with it
+        raise
+
+
+def _train_rank(job: Job) -> None:
+    config, training = job.config, job.config.training
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(config.cluster.cpus_per_worker)
+    # by itself, cuDNN would round the factors of its convolutions
+    fp32 = "tf32" if training.precision == "tf32" else "ieee"
+    torch.backends.cudnn.fp32_precision = fp32
+    torch.backends.cuda.matmul.fp32_precision = fp32
+    rank, world_size = parallel.rank_and_world_size()
+
+    spec = model_spec(config, job.class_names)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(config.seed, "init"))
+        network = spec.make_network().to(device)
+    set_checkpointing(network, training.recompute)
+    if training.parallel == "fsdp" and world_size > 1:
+        parallel.cut(network, device)
+    state = make_state(network, training, config.diffusion.timesteps)
+    found = checkpoint.latest_sound(job.folder) if rank == 0 else None
+    # rank 0 decides: a checkpoint may appear or go while the others look
+    step = parallel.from_rank_zero(found.step if found else 0, device)
+    attempt = parallel.from_rank_zero(secrets.randbits(63), device)
+    history: list[dict[str, float]] = []
+    if step:
+        info = found or checkpoint.read(job.folder, step)
+        checkpoint.load(info, state)
+        history = info.history
+    if rank == 0:
+        job.reporter.push.remote({"resumed_at": step, "history": history})
+
+    shuffle = open_shuffle(job)
+    batches = Batches(shuffle, rank, world_size, training.label_dropout, training.augmentation)
+    # one node may have to decode the data for longer than the process group's operations may take
+    ray.train.collective.barrier()
+    forward = parallel.wrap(network, device)
+    schedule = None if config.diffusion.schedule == "learned" else make_schedule(config.diffusion)
+    watch = make_watch(spec, training, device)
+
+    def written(info: checkpoint.CheckpointInfo) -> None:
+        job.reporter.push.remote({"checkpoint": info.uri, "step": info.step})
+
+    with (
+        checkpoint.Writer(
+            job.folder, spec.model_dump(), training.keep_checkpoints, written, attempt
+        ) as writer,
+        contextlib.closing(shuffle),
+        contextlib.closing(prefetch(batches, step, training.steps)) as coming,
+    ):
+        for record in train(
+            state,
+            forward,
+            coming,
+            config.diffusion,
+            schedule,
+            training,
+            spec.num_classes,
+            config.seed,
+            device,
+        ):
+            watch.add(record)
+            last = record.step == training.steps
+            if record.step % training.log_every == 0 or last:
+                figures, bad_step = watch.take()
+                if bad_step is not None:  # the same on all ranks; nothing of it is saved
+                    raise TrainingDiverged(why_diverged(job, bad_step, shuffle))
+                history.append({"step": record.step, **figures})
+                if rank == 0:
+                    job.reporter.push.remote({"history": history[-1:]})
+            if record.step % training.checkpoint_every == 0 or last:
+                writer.save(state, history)
+            if snapshot_falls_on(record.step, training):
+                save_snapshots(job, state, rank)
+
+
+def make_watch(spec: ModelSpec, training: TrainingConfig, device: torch.device) -> Watch:
+    with torch.device("meta"):  # to count operations nothing need be computed
+        network = spec.make_network()
+    shape = (spec.channels, spec.image_size, spec.image_size)
+    dtype = HALF.get(training.precision, torch.float32)
+    return Watch(
+        training.batch_size,
+        training_flops(network, shape, spec.num_classes),
+        measured_peak(device, dtype),
+        may_overflow=training.precision == "float16",
+    )
+
+
+def save_snapshots(job: Job, state: TrainState, rank: int) -> None:
+    """Keep the power averages of this step; all ranks call it."""
+    widths = job.config.training.ema.sigma_rel
+    averages = {
+        sigma_rel: {name: parallel.whole(tensor) for name, tensor in weights.items()}
+        for sigma_rel, weights in zip(widths, state.ema.averages.values(), strict=True)
+    }
+    if rank == 0:
+        posthoc.save_snapshots(job.folder, state.step, averages)
+
+
+def snapshot_falls_on(step: int, training: TrainingConfig) -> bool:
+    """Whether the averages after `step` steps are kept, for others to be made from them."""
+    ema = training.ema
+    return ema.kind == "power" and posthoc.snapshot_due(step, training.steps, ema.num_snapshots)
+
+
+def why_diverged(job: Job, step: int, shuffle: Shuffle) -> str:
+    """What to say of a step (from 1) that is not finite; its images are listed in a file."""
+    keys = keys_at(read_parts(job.shard_set, "train"), shuffle.indices(step - 1))
+    listed = storage.join(job.folder, f"diverged-{step:09d}.json")
+    storage.write_json(listed, {"step": step, "images": keys})
+    return (
+        f"the training loss or its gradient is not finite at step {step}, on the images "
+        f"{', '.join(keys[:NAMED_IMAGES])}, ... (all {len(keys)} are in {listed}); the checkpoints "
+        "before it are kept: try a lower training.lr, more training.warmup_steps or less "
+        "training.grad_clip"
+    )
+
+
+def open_shuffle(job: Job) -> Shuffle:
+    """The training images in the order that the config asks for."""
+    config, training = job.config, job.config.training
+    if training.shuffle == "full":
+        images, labels = memory_mapped(job.shard_set, "train", config.cluster.cache)
+        return FullShuffle(images, labels, config.seed, training.batch_size)
+    parts = read_parts(job.shard_set, "train")
+    window, lanes = training.shuffle_window, training.shuffle_lanes
+    return WindowedShuffle(parts, config.seed, training.batch_size, window, lanes)
+
+
+def model_spec(config: RunConfig, class_names: list[str]) -> ModelSpec:
+    """The model that a config trains on images of these classes."""
+    return ModelSpec(
+        network=config.network,
+        diffusion=config.diffusion,
+        channels=config.data.channels,
+        image_size=config.data.image_size,
+        class_names=class_names,
+        has_null_label=bool(class_names) and config.training.label_dropout > 0,
+    )
