@@ -7,9 +7,9 @@ and a batch of 64, one thread a worker, as
 
 - a bare loop, a process with pipeline/training/loop.py and no Ray; and two of them at the same
   time, with half of the batch each, by which one sees what the cores take from each other;
-- the workers of tasks/train_worker.py under Ray Train, one and two, that save no checkpoint before the
-  last step; and two that save one every few steps, by which one knows what a checkpoint costs, and
-  so what one a minute does.
+- the workers of tasks/train_worker.py under Ray Train, one and two, that save no checkpoint before
+  the last step; and two that save one every few steps, by which one knows what a checkpoint costs,
+  and so what one a minute does.
 
 They run in turn, several times. A rate is that of the median of all windows of a few steps, without
 the first of each run. MLflow and the previews of checkpoints, which run beside the workers, have no
