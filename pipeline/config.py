@@ -84,6 +84,12 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"training.batch_size={self.training.batch_size} must be a multiple of "
                 f"cluster.workers={self.cluster.workers}, so that every worker has the same share"
             )
+        share = self.training.batch_size // self.cluster.workers
+        if share % self.training.accumulate:
+            raise ValueError(
+                f"training.accumulate={self.training.accumulate} must divide the {share} images "
+                "that each of cluster.workers has of a batch, so that its parts are equal"
+            )
         return self
 
 

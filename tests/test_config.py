@@ -59,6 +59,7 @@ def test_the_tiny_config_of_the_tests_loads() -> None:
             "training.batch_size=63",
             "training.batch_size=63 must be a multiple of cluster.workers=2",
         ),
+        ("training.accumulate=64", "training.accumulate=64 must divide the 32 images that each"),
         ("network.attention_at=[5]", "attention_at=[5] is not among the resolutions of the levels"),
         ("data.image_size=9", "data.image_size=9 is not a multiple of 2"),
         ("diffusion.zero_terminal_snr=true", "prediction=eps cannot work"),

@@ -101,15 +101,6 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The last few stay, older ones are deleted."""
 
     @model_validator(mode="after")
-    def _a_batch_has_equal_parts(self) -> "TrainingConfig":
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate}, "
-                "so that every part is of the same size"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _slices_agree_on_overflow(self) -> "TrainingConfig":
         if self.parallel == "fsdp" and self.precision == "float16":
             raise ValueError(

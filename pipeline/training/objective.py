@@ -39,6 +39,7 @@ class Rows:
 
     def parts(self, num_parts: int) -> "list[Rows]":
         """So many of equal size."""
+        assert len(self.t) % num_parts == 0
         if num_parts == 1:
             return [self]
         labels = [None] * num_parts if self.label is None else self.label.chunk(num_parts)
