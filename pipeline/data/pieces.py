@@ -151,21 +151,22 @@ def look(piece: Piece, keep_in: str | None = None) -> pa.Table:
     Raises:
         DataError: a file is damaged or cannot be read.
     """
+    module = piece.format
     rows: list[tuple[str, str, Member]] = []
     for file in piece.files:
-        if piece.format is loose and file.etag:  # the store has hashed it already
+        if module is loose and file.etag:  # the store has hashed it already
             rows.append((file.name, file.name, Member("", None, f"etag:{file.etag}")))
             continue
         try:
-            for member in piece.format.index(piece.place, file.name):
-                rows.append((_key(piece.format, file.name, member), file.name, member))
+            for member in module.index(piece.place, file.name):
+                rows.append((_key(module, file.name, member), file.name, member))
         except DataError:
             raise
         except Exception as error:  # whatever the package of that scheme raises
             raise piece.place.error(
                 file.name, f"cannot be read: {error}; run the same command again"
             ) from error
-    labels = [_folder(name) if piece.format is loose else member.label for _, name, member in rows]
+    labels = [_folder(name) if module is loose else member.label for _, name, member in rows]
     items = pa.table(
         [
             [key for key, _, _ in rows],
