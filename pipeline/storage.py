@@ -27,6 +27,10 @@ from pydantic import BaseModel
 from pipeline.errors import StorageError
 
 MANIFEST = "manifest.json"
+CHUNK = 2**22
+"""Bytes of a file that are held at once where only its hash is wanted."""
+REMEDY = "choose another place with --set storage=URI"
+"""What to do about a place below `storage:`; a caller with another place says what helps there."""
 
 
 class FileEntry(BaseModel):
@@ -95,20 +99,40 @@ def list_names(uri: str) -> list[str]:
     return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
 
 
-def read_bytes(uri: str) -> bytes:
+def read_bytes(uri: str, remedy: str = REMEDY) -> bytes:
     """The content of a file.
+
+    Args:
+        remedy: what the user can do where there is no permission; part of a sentence.
 
     Raises:
         FileNotFoundError: there is none; callers know what that means and say it.
         StorageError: it cannot be read.
     """
     fs, path = _open_fs(uri)
-    with _explained("read", uri):
+    with _explained("read", uri, remedy):
         try:
             data: bytes = fs.cat_file(path)
         except NotADirectoryError as error:  # a file in place of its folder: it is not there
             raise FileNotFoundError(str(error)) from error
         return data
+
+
+def sha256_of(uri: str) -> str:
+    """The sha256 of a file, of which a few MiB are held at a time.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StorageError: it cannot be read.
+    """
+    fs, path = _open_fs(uri)
+    # a remote file is fetched as it is asked for; else 50 MB at once, and more ahead
+    how = {} if isinstance(fs, LocalFileSystem) else {"cache_type": "none"}
+    found = hashlib.sha256()
+    with _explained("read", uri), fs.open(path, "rb", **how) as file:
+        while chunk := file.read(CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> FileEntry:
@@ -128,7 +152,7 @@ def _put(uri: str, data: bytes | memoryview) -> None:
 
 def _write_local(path: Path, data: bytes | memoryview) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -137,6 +161,23 @@ def _write_local(path: Path, data: bytes | memoryview) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Where a local file is written before it is renamed to `path`."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def sweep(folder: str) -> None:
+    """Remove the files that killed writers left half written below a local folder.
+
+    Only for those who alone write there, such as the holder of its lock.
+    """
+    path = local_path(folder)
+    if path is not None:
+        with _explained("list", folder):
+            for left in path.rglob(".*.tmp"):
+                left.unlink(missing_ok=True)
 
 
 def copy(source: str, target: str) -> None:
@@ -152,7 +193,7 @@ def copy(source: str, target: str) -> None:
             fs.cp_file(path, _open_fs(target)[1])
             return
     place = Path(_open_fs(target)[1])
-    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(place)
     with _explained("write to", target):
         place.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -190,10 +231,10 @@ def local_path(uri: str) -> Path | None:
     return Path(path) if isinstance(fs, LocalFileSystem) else None
 
 
-def check_writable(uri: str) -> None:
+def check_writable(uri: str, remedy: str = REMEDY) -> None:
     """Raise StorageError, before any work is done, unless files can be written below `uri`."""
     probe = join(uri, f".probe-{uuid.uuid4().hex[:8]}")
-    with _explained("write to", uri):
+    with _explained("write to", uri, remedy):
         _put(probe, b"")
     remove(probe)
 
@@ -221,7 +262,11 @@ def commit(folder: str, manifest: Manifest) -> Manifest:
 
 
 @contextlib.contextmanager
-def exclusive(lock: str, waiting: Callable[[str], None] = lambda holder: None) -> Iterator[None]:
+def exclusive(
+    lock: str,
+    waiting: Callable[[str], None] = lambda holder: None,
+    remedy: str = REMEDY,
+) -> Iterator[None]:
     """Hold a lock file for this process; a second process waits until the first is gone.
 
     The kernel lets go of the lock when its holder dies, however it dies. Object stores have no
@@ -230,6 +275,10 @@ def exclusive(lock: str, waiting: Callable[[str], None] = lambda holder: None) -
     Args:
         lock: URI of the lock file.
         waiting: called once, with the holder's process id, when there is someone to wait for.
+        remedy: what the user can do where the lock file cannot be made; part of a sentence.
+
+    Raises:
+        StorageError: the lock file cannot be made.
     """
     path = local_path(lock)
     if path is None:
@@ -237,7 +286,7 @@ def exclusive(lock: str, waiting: Callable[[str], None] = lambda holder: None) -
         return
     import fcntl  # not on Windows, where Ray clusters are not supported either
 
-    with _explained("write to", lock):
+    with _explained("write to", lock, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115 - closed below, after the caller's work
     try:
@@ -275,25 +324,27 @@ def _open_fs(uri: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _explained(verb: str, uri: str) -> Iterator[None]:
+def _explained(verb: str, uri: str, remedy: str = REMEDY) -> Iterator[None]:
     """Turn a file system's error into one sentence; a missing file is the caller's to explain."""
     try:
         yield
     except FileNotFoundError as error:
         if verb == "read":
             raise
-        raise StorageError(f"cannot {verb} {uri}: no such folder, and none can be made") from error
-    except PermissionError as error:
         raise StorageError(
-            f"cannot {verb} {uri}: permission denied; choose another place with --set storage=URI, "
-            "or check the folder's rights (for s3:// the AWS_* variables)"
+            f"cannot {verb} {uri}: no such folder, and none can be made; {remedy}"
         ) from error
     except (FileExistsError, NotADirectoryError) as error:
         raise StorageError(
-            f"cannot {verb} {uri}: a part of the path is a file, not a folder; choose another "
-            "place with --set storage=URI"
+            f"cannot {verb} {uri}: a part of the path is a file, not a folder; {remedy}"
         ) from error
     except OSError as error:
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            why = "it is read-only" if error.errno == errno.EROFS else "permission denied"
+            raise StorageError(
+                f"cannot {verb} {uri}: {why}; {remedy}, or check your rights there (for s3:// the "
+                "AWS_* variables)"
+            ) from error
         if error.errno == errno.ENOSPC:
             raise StorageError(
                 f"cannot {verb} {uri}: the disk is full; free some space and run the "

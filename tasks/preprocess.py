@@ -4,10 +4,12 @@ What is in the source's files is found by tasks, too, unless an earlier scan has
 
 A task writes its parts, then a record `parts/00003.json` of what is in them; a record that stands
 is not made again, so a killed run loses at most the shards that were being worked on. The records
-of a finished ShardSet are kept in `shards.json`, by which a later one, of a source that has changed
-here and there, takes over the parts of the shards that have not.
+of a finished ShardSet are kept in `shards.json`. By these and by the records of those that were not
+finished another ShardSet, of a source that has changed here and there, takes over the parts of the
+shards that have not.
 """
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,17 +21,26 @@ from pipeline import storage
 from pipeline.data.input_shards import InputShard, cut
 from pipeline.data.pieces import Piece, look
 from pipeline.data.preprocess import preprocess_shard, record_uri, shard_digest
-from pipeline.data.shards import part_path
+from pipeline.data.shards import SHARDS, part_path
 from pipeline.data.sources import DataConfig, Source
-from pipeline.data.summary import CONTACT_SHEET, contact_sheet, left_out, summary
+from pipeline.data.summary import (
+    CONTACT_SHEET,
+    bad_and_duplicates,
+    contact_sheet,
+    left_out,
+    summary,
+)
 from pipeline.errors import DataError
-from pipeline.storage import FileEntry
+from pipeline.storage import FileEntry, Manifest
 from tasks import in_flight
 from tasks.stage import Outcome, StageContext
 
-SHARDS = "shards.json"
 NUM_EARLIER = 5
 """Finished ShardSets, the newest, in which unchanged shards are looked for."""
+RECORDS_AT_ONCE = 16
+
+Record = dict[str, Any]
+"""What `preprocess_shard` returns."""
 
 
 # here, once: a worker takes a while to load a function that is new to it
@@ -54,8 +65,9 @@ def run(ctx: StageContext, source: Source) -> Outcome:
         DataError: no image can be used, or more than data.max_bad_fraction cannot.
     """
     config, names = ctx.config.data, source.class_names
+    storage.sweep(ctx.folder)
     shards = cut(source, config.images_per_shard)
-    records = _read_records(ctx.folder, len(shards))
+    records = {i: record for i, record in _read_records(ctx.folder).items() if i < len(shards)}
     if len(records) < len(shards):
         records |= _take_over(ctx, shards, names, records)
     num_items = [shard.items.num_rows for shard in shards]
@@ -73,28 +85,33 @@ def run(ctx: StageContext, source: Source) -> Outcome:
     return _outcome(ctx, source, [records[i] for i in range(len(shards))])
 
 
-def _read_records(folder: str, num_shards: int) -> dict[int, dict[str, Any]]:
-    """The records of an earlier run that was killed."""
-    records = {}
-    for name in storage.list_names(storage.join(folder, "parts")):
-        stem = name.removesuffix(".json")
-        if stem.isdigit() and int(stem) < num_shards:
-            records[int(stem)] = storage.read_json(record_uri(folder, int(stem)))
-    return records
+def _read_records(folder: str) -> dict[int, Record]:
+    """The records of the shards of a ShardSet that are finished, by their index."""
+    names = storage.list_names(storage.join(folder, "parts"))
+    indices = [int(stem) for name in names if (stem := name.removesuffix(".json")).isdigit()]
+    with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
+        records = pool.map(lambda index: _read_record(record_uri(folder, index)), indices)
+        return {i: record for i, record in zip(indices, records, strict=True) if record is not None}
+
+
+def _read_record(uri: str) -> Record | None:
+    """None if it is gone, since another run may be at work there, or is damaged."""
+    try:
+        record = storage.read_json(uri)
+    except (FileNotFoundError, ValueError):
+        return None
+    return record if isinstance(record, dict) and "digest" in record else None
 
 
 def _take_over(
-    ctx: StageContext,
-    shards: list[InputShard],
-    class_names: list[str],
-    there: dict[int, dict[str, Any]],
-) -> dict[int, dict[str, Any]]:
-    """Copy the parts of shards that an earlier ShardSet has, and write their records."""
-    known = _earlier_records(storage.join(ctx.config.storage, "preprocess"))
+    ctx: StageContext, shards: list[InputShard], class_names: list[str], there: dict[int, Record]
+) -> dict[int, Record]:
+    """Copy the parts of shards that another ShardSet has, and write their records."""
+    known = _earlier_records(storage.join(ctx.config.storage, "preprocess"), ctx.folder)
     if not known:
         return {}
 
-    def take(shard: InputShard) -> tuple[int, dict[str, Any]] | None:
+    def take(shard: InputShard) -> tuple[int, Record] | None:
         digest = shard_digest(shard, ctx.config.data, class_names)
         if digest not in known or shard.index in there:
             return None
@@ -104,12 +121,11 @@ def _take_over(
             old = storage.join(folder, file["path"])
             path = part_path(file["path"].split("/")[0], shard.index)
             try:
-                sound = storage.sha256(storage.read_bytes(old)) == file["sha256"]
-            except FileNotFoundError:
-                sound = False
-            if not sound:  # deleted or damaged there, so made anew here
+                if storage.sha256_of(old) != file["sha256"]:  # damaged, so it is made anew
+                    return None
+                storage.copy(old, storage.join(ctx.folder, path))
+            except FileNotFoundError:  # deleted
                 return None
-            storage.copy(old, storage.join(ctx.folder, path))
             files.append({**file, "path": path})
         record = {**record, "files": files}
         storage.write_json(record_uri(ctx.folder, shard.index), record)
@@ -119,24 +135,41 @@ def _take_over(
         return dict(taken for taken in pool.map(take, shards) if taken is not None)
 
 
-def _earlier_records(parent: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Shard digest -> (ShardSet, record), of the newest ShardSets of the storage."""
+def _earlier_records(parent: str, but: str) -> dict[str, tuple[str, Record]]:
+    """Shard digest -> (ShardSet, record): of those that are not finished, and the newest that are.
+
+    Args:
+        parent: the folder of all ShardSets.
+        but: the ShardSet that is being made.
+    """
     folders = [storage.join(parent, name) for name in storage.list_names(parent)]
-    finished = [
-        (manifest.created_at, folder)
-        for folder in folders
-        if (manifest := storage.read_manifest(folder)) is not None
-        and any(file.path == SHARDS for file in manifest.files)
+    others = [(folder, storage.read_manifest(folder)) for folder in folders if folder != but]
+    finished = [(manifest.created_at, folder, manifest) for folder, manifest in others if manifest]
+    finished.sort(key=lambda entry: entry[:2])
+    found = [
+        (folder, [*_read_records(folder).values()]) for folder, manifest in others if not manifest
     ]
-    known = {}
-    for _, folder in sorted(finished)[-NUM_EARLIER:]:
-        for record in storage.read_json(storage.join(folder, SHARDS)):
-            known[record["digest"]] = (folder, record)
-    return known
+    found += [
+        (folder, _kept_records(folder, manifest)) for _, folder, manifest in finished[-NUM_EARLIER:]
+    ]
+    return {record["digest"]: (folder, record) for folder, records in found for record in records}
+
+
+def _kept_records(folder: str, manifest: Manifest) -> list[Record]:
+    """The records of a finished ShardSet; none if their file is gone or damaged."""
+    entry = next((file for file in manifest.files if file.path == SHARDS), None)
+    try:
+        kept = storage.read_bytes(storage.join(folder, SHARDS))
+    except FileNotFoundError:
+        return []
+    if entry is None or storage.sha256(kept) != entry.sha256:
+        return []
+    records: list[Record] = json.loads(kept)
+    return records
 
 
 def named_reasons(bad: list[dict[str, str]]) -> str:
-    """The first few bad images with their reasons; the manifest has them all."""
+    """The first few bad images with their reasons; the manifest names the first 1,000."""
     return "; ".join(f"{image['key']}: {image['reason']}" for image in bad[:3])
 
 
@@ -158,11 +191,13 @@ def check_bad_share(bad: list[dict[str, str]], total: int, config: DataConfig) -
 def _outcome(ctx: StageContext, source: Source, records: list[dict[str, Any]]) -> Outcome:
     config = ctx.config.data
     stats = summary(config, source, records)
-    check_bad_share([image for r in records for image in r["bad"]], source.items.num_rows, config)
+    bad, doubles = bad_and_duplicates(source, records)
+    total = source.items.num_rows + len(source.duplicates) - len(doubles)
+    check_bad_share(bad, total, config)
     if not stats["num_images"]["train"]:
         raise DataError(
-            f"data.source={config.source!r} leaves no image to train on of "
-            f"{source.items.num_rows}: {left_out(stats)}, data.holdout={config.holdout}; lower "
+            f"data.source={config.source!r} leaves no image to train on of {total}: "
+            f"{left_out(stats)}, data.holdout={config.holdout}; lower "
             "what keeps them out"
         )
     files = [FileEntry(**entry) for record in records for entry in record["files"]]

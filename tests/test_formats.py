@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +24,10 @@ from fsspec.core import url_to_fs
 from PIL import Image
 
 from pipeline.data.formats import arrays, cifar, digits, idx, loose, parquet, tar_files, zip_files
-from pipeline.data.formats.common import Member, Place, read_up_to, sha256
+from pipeline.data.formats.common import Member, Place, read_up_to
 from pipeline.data.shards import encode_part
 from pipeline.errors import DataError
+from pipeline.storage import sha256
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (11, 6, 5), dtype=np.uint8)
@@ -40,6 +42,7 @@ def png(i: int) -> bytes:
 
 
 PNG = [png(i) for i in range(len(COLOUR))]
+LARGE = np.random.default_rng(1).integers(0, 256, (64, 512, 512), dtype=np.uint8)
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -764,7 +767,8 @@ def test_only_the_row_groups_and_the_column_that_are_asked_for_are_read(
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", watch)
     run = [members[6], members[3], members[2]]  # in any order
     assert contents(parquet, local, "a.parquet", run) == [PNG[6], PNG[3], PNG[2]]
-    assert asked == [([3], ["image.bytes"]), ([1], ["image.bytes"])]
+    groups = [3, 1, 1]  # who goes back within a group reads it again
+    assert asked == [([group], ["image.bytes"]) for group in groups]
 
 
 @pytest.mark.parametrize(
@@ -805,6 +809,44 @@ def test_of_a_small_file_that_unpacks_to_gigabytes_little_is_held_at_once(local:
         held.append(pa.total_allocated_bytes())
     assert len(held) == 70
     assert max(held) < 150 * 2**20  # of 3 GB
+
+
+PAGES: dict[str, Any] = {"compression": None, "use_dictionary": False, "write_batch_size": 1}
+"""So that they are of 1 MiB; pyarrow else makes one of all images of a row group."""
+
+
+def test_of_a_large_row_group_little_is_held_at_once(
+    local: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [image.tobytes() for image in LARGE]
+    put(local, "a.parquet", table(pa.table({"image": cells}), **PAGES))
+    asked: list[int] = []
+    real = Place.open
+
+    class Watched(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
+            asked.append(size or 0)
+            return super().read(size)  # type: ignore[return-value]
+
+    monkeypatch.setattr(Place, "open", lambda self, name: Watched(real(self, name).name))
+    before, held = pa.total_allocated_bytes(), []
+    members = []
+    for member in parquet.index(local, "a.parquet"):
+        members.append(member)
+        held.append(pa.total_allocated_bytes() - before)
+    for content, cell in zip(
+        parquet.read(local, "a.parquet", [member.where for member in members]), cells, strict=True
+    ):
+        assert content == cell
+        held.append(pa.total_allocated_bytes() - before)
+    assert max(asked) <= 2 * 2**20, "of 16 MiB"
+    assert max(held) < 13 * 2**20, "32 images of 256 KiB, and what is read ahead of them"
+
+
+def test_a_cell_of_an_unlikely_size_is_bad(local: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "MAX_IMAGE_BYTES", len(PNG[0]))
+    put(local, "a.parquet", table(hugging_face([PNG[0], PNG[0] + b"x"])))
+    assert bad(parquet, local, "a.parquet") == {"00001": "it has more than 1,073,741,824 bytes"}
 
 
 # --- IDX ----------------------------------------------------------------------------------------
@@ -1124,7 +1166,6 @@ def test_an_image_that_is_gone_since_the_listing_is_noticed(place: Place, name: 
         pytest.fail(f"{len(read)} images were read of a third of the file")
 
 
-LARGE = np.random.default_rng(1).integers(0, 256, (64, 512, 512), dtype=np.uint8)
 LARGE_FILES = {f"{i}.png": image.tobytes() for i, image in enumerate(LARGE)}
 
 
@@ -1137,6 +1178,11 @@ LARGE_FILES = {f"{i}.png": image.tobytes() for i, image in enumerate(LARGE)}
         ("a.npy", arrays, lambda: npy(LARGE)),
         ("a.npz", arrays, lambda: npz(x=LARGE)),
         (f"{IMAGES}.gz", idx, lambda: gzip.compress(idx_bytes(LARGE), 1)),
+        (
+            "a.parquet",
+            parquet,
+            lambda: table(pa.table({"image": [*LARGE_FILES.values()]}), **PAGES),
+        ),
     ],
 )
 def test_of_a_large_file_one_image_at_a_time_is_held(

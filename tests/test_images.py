@@ -2,22 +2,28 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
 
+from pipeline.data import images
 from pipeline.data.images import (
     BadImage,
     decode,
     from_png,
     grid,
     png,
+    thumbnail,
     to_uint8,
     to_unit,
 )
+from tests.conftest import ROOT
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
@@ -294,6 +300,83 @@ def test_reducing_a_jpeg_does_not_shift_it(resize: str) -> None:
     assert difference(got, np.asarray(ramp.resize((64, 64), Image.Resampling.BICUBIC)))[1] <= 1
 
 
+def in_mode(mode: str, width: int, height: int) -> bytes:
+    """A file whose image Pillow opens in that mode."""
+    grey = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
+    if mode == "I;16":
+        return encoded(Image.fromarray(grey.astype(np.uint16) * 200))
+    if mode == "I":
+        wide = grey.astype(np.int32)
+        wide[0] *= 200  # the largest values, which decide for all
+        return encoded(Image.fromarray(wide), "TIFF")
+    if mode == "F":
+        values = grey.astype(np.float32) / 255
+        values[0, 0] = np.nan
+        return encoded(Image.fromarray(values), "TIFF")
+    if mode == "I;16 with a transparent value":
+        return encoded(Image.fromarray(grey.astype(np.uint16)), transparency=100)
+    if mode == "P with transparency":
+        return encoded(Image.fromarray(grey).convert("P"), transparency=7)
+    if mode == "RGBA":
+        return encoded(Image.fromarray(np.stack([grey, grey.T.reshape(grey.shape)] * 2, -1)))
+    return encoded(Image.fromarray(grey).convert(mode), "TIFF" if mode == "CMYK" else "PNG")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        *("1", "L", "LA", "RGB", "RGBA", "CMYK", "I;16", "I", "F"),
+        *("I;16 with a transparent value", "P with transparency"),
+    ],
+)
+def test_an_image_that_is_converted_in_bands_has_the_same_pixels(
+    monkeypatch: pytest.MonkeyPatch, mode: str, channels: int
+) -> None:
+    data = in_mode(mode, 90, 70)
+    whole = decode(data, 70, channels).pixels
+    monkeypatch.setattr(images, "BAND_PIXELS", 90 * 8)
+    assert np.array_equal(decode(data, 70, channels).pixels, whole)
+    monkeypatch.setattr(images, "BAND_PIXELS", 1)
+    assert np.array_equal(decode(data, 70, channels).pixels, whole)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from pipeline.data.images import decode
+
+def peak():  # resource's is never below that of the process that started this one
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+decode(Path(sys.argv[1]).read_bytes(), 64, 3)
+for path in sys.argv[2:]:
+    data = Path(path).read_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak()
+    decode(data, 64, 3)
+    print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures as Linux does")
+def test_an_image_takes_the_memory_that_is_stated(tmp_path: Path) -> None:
+    """By MAX_PIXELS; in a process of its own, for its peak."""
+    side = 3000
+    kinds = {"RGBA": 8, "LA": 8, "L": 8, "I;16": 8, "RGB": 4}
+    paths = [tmp_path / "first", *(tmp_path / kind for kind in kinds), tmp_path / "WebP"]
+    paths[0].write_bytes(in_mode("RGBA", 90, 70))
+    for path, kind in zip(paths[1:], kinds, strict=False):
+        path.write_bytes(encoded(Image.new(kind, (side, side)), compress_level=1))
+    paths[-1].write_bytes(encoded(Image.new("RGB", (side, side)), "WEBP", quality=0, method=0))
+    command = [sys.executable, "-c", PEAK, *map(str, paths)]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for stated, grown in zip([*kinds.values(), 12], output.split(), strict=True):
+        # beside it a band in several forms
+        assert int(grown) < stated * side**2 + 28 * 2**20, output
+
+
 # --- EXIF ---------------------------------------------------------------------------------------
 
 
@@ -412,6 +495,13 @@ def test_png_keeps_every_pixel(channels: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, channels), dtype=np.uint8)
     assert np.array_equal(from_png(png(pixels)), pixels)
     assert png(pixels) == png(pixels.copy())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_thumbnail_is_smaller_and_never_larger(channels: int) -> None:
+    pixels = np.full((300, 200, channels), 77, np.uint8)
+    assert np.array_equal(thumbnail(pixels, 30), np.full((30, 20, channels), 77, np.uint8))
+    assert np.array_equal(thumbnail(pixels, 300), pixels)
 
 
 def test_a_grid_shows_every_image_enlarged() -> None:

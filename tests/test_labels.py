@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from pipeline.data.labels import find_label, read_labels
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 
 NAMES = {"a.png": "cat", "b/c.png": "dog"}
 
@@ -75,3 +76,14 @@ def test_an_image_is_found_by_its_path_or_its_name_with_or_without_suffix() -> N
     assert find_label(labels, "e.v1.png") == 5
     assert find_label(labels, "x.y/e") is None
     assert find_label(labels, "z/a.png") is None
+
+
+def test_labels_that_may_not_be_read_are_named_with_their_own_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> bytes:
+        raise PermissionError(13, "Permission denied")  # root may read all
+
+    monkeypatch.setattr(type(fsspec.filesystem("file")), "cat_file", refuse)
+    with pytest.raises(StorageError, match=r"permission denied; .* --set data\.labels=FILE"):
+        read_labels(str(tmp_path / "l.csv"))

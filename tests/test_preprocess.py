@@ -1,25 +1,33 @@
 """From an input shard to its parts, and what is said of them."""
 
 import io
+import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from pipeline import storage
 from pipeline.config import load_config
+from pipeline.data import parts as parts_module
+from pipeline.data import summary as summary_module
 from pipeline.data.input_shards import cut
 from pipeline.data.preprocess import preprocess_shard, record_uri
-from pipeline.data.shards import images_of
+from pipeline.data.shards import SHARDS, encode_part, images_of, part_path
 from pipeline.data.sources import DataConfig, scan
 from pipeline.data.summary import contact_sheet, left_out, summary
-from pipeline.errors import ConfigError
-from pipeline.storage import FileEntry
+from pipeline.errors import ConfigError, DataError
+from pipeline.storage import FileEntry, Manifest
+from tasks import preprocess
+from tasks.stage import Outcome, StageContext
 from tests.conftest import ROOT
 
 
@@ -113,6 +121,230 @@ def test_a_contact_sheet_has_a_column_a_class(tmp_path: Path, encoding: str) -> 
     spread = np.asarray(Image.open(io.BytesIO(contact_sheet(folder, files, 0))))
     assert spread.shape == (72 + 8, 16 * 72 + 8, 3)
     assert [spread[40, 40 + 72 * i, 0] for i in range(5)] == [0, 100, 200, 40, 128]
+
+
+def large_parts(folder: Path, labels: list[int | None]) -> list[FileEntry]:
+    """Three parts of noise, each of the 300 labels; 11 MB together, as they are and decoded."""
+    noise = np.random.default_rng(0).integers(0, 256, (300, 64, 64, 3), dtype=np.uint8)
+    files = []
+    for index in range(3):
+        data = encode_part(noise + np.uint8(index), labels, [str(i) for i in range(300)], ["a"])
+        entry = storage.write_bytes(str(folder / part_path("train", index)), data)
+        files.append(entry.model_copy(update={"path": part_path("train", index)}))
+    return files
+
+
+def test_a_contact_sheet_reads_no_more_than_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = large_parts(tmp_path, [*[0] * 30, *[None] * 270])
+    asked = [0]
+
+    class Watched(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:  # type: ignore[override]
+            data = super().read(size)
+            asked[0] += len(data or b"")
+            return data  # type: ignore[return-value]
+
+    monkeypatch.setattr(parts_module, "_open", lambda uri: Watched(uri))
+    monkeypatch.setattr(parts_module, "PIECE_BYTES", 2**18)
+    contact_sheet(str(tmp_path), few, 1)
+    total = sum(file.bytes for file in few)
+    assert asked[0] < total / 4, "the labels, and the beginning of the first part"
+
+
+@pytest.mark.parametrize("num_classes", [0, 1])
+def test_a_contact_sheet_holds_little_of_the_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_classes: int
+) -> None:
+    monkeypatch.setattr(parts_module, "PIECE_BYTES", 2**18)
+    files = large_parts(tmp_path, [*[None] * 290, *[0] * 10])
+    before, held = pa.total_allocated_bytes(), []
+
+    def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
+        held.append(pa.total_allocated_bytes() - before)
+        return pixels
+
+    monkeypatch.setattr(summary_module, "thumbnail", thumbnail)
+    contact_sheet(str(tmp_path), files, num_classes)
+    assert len(held) > 10
+    assert max(held) < 3 * 2**20, "of 11 MB"
+
+
+def test_large_images_are_small_on_a_contact_sheet(tmp_path: Path) -> None:
+    images = np.full((3, 300, 300, 1), 7, np.uint8)
+    data = encode_part(images, [None] * 3, ["a", "b", "c"], [])
+    entry = storage.write_bytes(str(tmp_path / part_path("train", 0)), data)
+    entry = entry.model_copy(update={"path": part_path("train", 0)})
+    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(str(tmp_path), [entry], 0))))
+    assert sheet.shape == (128 + 4, 16 * 130 + 2)
+    assert (sheet[2:130, 2:130] == 7).all()
+
+
+# --- the stage, with its tasks called in this process -------------------------------------------
+
+
+class Quiet:
+    """Progress that nobody sees."""
+
+    def start(self, total: int, unit: str, done: int = 0) -> None: ...
+
+    def update(self, done: int, note: str = "") -> None: ...
+
+
+class Stage:
+    """Runs the stage on the images of a folder, and says which shards it made itself."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = root
+        self.made: list[int] = []
+        self.dies_after = sys.maxsize
+        monkeypatch.setattr(preprocess.in_flight, "results", self._results)
+
+    def _results(self, _: Any, calls: list[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        for i, call in enumerate(calls):
+            if len(self.made) == self.dies_after:
+                raise KeyboardInterrupt
+            self.made.append(call[0].index)
+            yield i, preprocess_shard(*call)
+
+    def write(self, name: str, data: bytes) -> None:
+        path = self.root / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    def folder(self, id: str) -> Path:
+        return self.root / "runs" / "preprocess" / id
+
+    def run(self, id: str, *sets: str) -> Outcome:
+        """Into the ShardSet of that name, which is finished then."""
+        places = [f"data.source={self.root / 'set'}", f"storage={self.root / 'runs'}"]
+        form = ["data.channels=3", "data.images_per_shard=4"]
+        config = load_config(str(ROOT / "configs" / "digits.yaml"), [*places, *form, *sets])
+        folder, self.made = str(self.folder(id)), []
+        context = StageContext(config, id, folder, {}, "", Quiet(), lambda: pytest.fail("MLflow"))
+        outcome = preprocess.run(context, scan(config.data))
+        made = {"stage": "preprocess", "id": id, "inputs": {}, "config": {}, "stats": outcome.stats}
+        storage.commit(folder, Manifest(format=1, files=outcome.files, **made))
+        return outcome
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """With forty images."""
+    stage = Stage(tmp_path, monkeypatch)
+    for i in range(40):
+        stage.write(f"{i:02d}.png", image(8, 8, i))
+    return stage
+
+
+def parts_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.parquet")}
+
+
+HTML = b"<html>404 Not Found</html>"
+
+
+def test_doubles_of_a_bad_image_are_bad_images(stage: Stage) -> None:
+    for i in range(60):
+        stage.write(f"x{i:02d}.jpg", HTML)
+    stage.write("39-again.png", image(8, 8, 39))
+    with pytest.raises(DataError, match="60 of 100 images cannot be used, more than") as refused:
+        stage.run("a")
+    assert "x00.jpg: it is not a PNG" in str(refused.value)
+    stats = stage.run("b", "data.max_bad_fraction=0.6").stats
+    assert stats["num_bad"] == 60
+    assert len({bad["reason"] for bad in stats["bad"]}) == 1
+    assert sorted(bad["key"] for bad in stats["bad"]) == [f"x{i:02d}.jpg" for i in range(60)]
+    assert stats["duplicates"] == [["39.png", "39-again.png"]]
+    assert stats["num_duplicates"] == 1
+    assert sum(stats["num_images"].values()) == 40
+
+
+def test_a_name_that_an_archive_holds_twice_makes_no_double_bad(stage: Stage) -> None:
+    import tarfile
+
+    with tarfile.open(stage.root / "set" / "x.tar", "w") as archive:
+        for name, data in (("e.png", b"1"), ("e.png", b"2"), ("f.png", b"1")):
+            info = tarfile.TarInfo(name)
+            pixels = image(8, 8, 200 + int(data))
+            info.size = len(pixels)
+            archive.addfile(info, io.BytesIO(pixels))
+    stats = stage.run("a", "data.max_bad_fraction=0.1").stats
+    assert [bad["reason"] for bad in stats["bad"]] == ["the archive holds this name twice"]
+    assert stats["duplicates"] == [["x.tar/f.png", "x.tar/e.png"]]
+
+
+def test_what_a_refused_run_has_made_is_taken_over(stage: Stage) -> None:
+    stage.write("40.png", b"rubbish")
+    with pytest.raises(DataError, match="cannot be used, more than"):
+        stage.run("refused")
+    made = stage.made
+    assert len(made) > 5
+    stage.run("lenient", "data.max_bad_fraction=0.1")
+    assert stage.made == []
+    assert parts_of(stage.folder("lenient")) == parts_of(stage.folder("refused"))
+
+
+def test_what_a_killed_run_has_made_is_taken_over_when_an_image_came(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.dies_after = 6
+    with pytest.raises(KeyboardInterrupt):
+        stage.run("killed")
+    killed, stage.dies_after = stage.made, sys.maxsize
+    read_bytes = storage.read_bytes
+
+    def watch(uri: str, *how: Any) -> bytes:
+        assert not uri.endswith(".parquet"), "parts are hashed piece by piece"
+        return read_bytes(uri, *how)
+
+    monkeypatch.setattr(storage, "read_bytes", watch)
+    stage.write("99.png", image(8, 8, 99))
+    stage.run("more")
+    num_shards = len(json.loads((stage.folder("more") / SHARDS).read_text()))
+    assert num_shards - len(killed) <= len(stage.made) <= num_shards - len(killed) + 1
+
+
+def test_what_vanishes_from_a_run_in_progress_is_made_anew(stage: Stage) -> None:
+    stage.run("first")
+    shutil.copytree(stage.folder("first"), stage.folder("going"))
+    shutil.rmtree(stage.folder("first"))
+    (stage.folder("going") / "manifest.json").unlink()
+    records = sorted((stage.folder("going") / "parts").iterdir())
+    records[0].unlink()
+    records[0].symlink_to("vanished")  # it is listed, and gone when it is read
+    records[1].write_text("{")
+    records[2].write_text("[]")
+    path = json.loads(records[3].read_text())["files"][0]["path"]
+    (stage.folder("going") / path).unlink()
+    stage.run("second")
+    assert sorted(stage.made) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "changed"])
+def test_a_damaged_shard_set_does_not_stand_in_the_way_of_others(stage: Stage, damage: str) -> None:
+    stage.run("old")
+    kept = stage.folder("old") / SHARDS
+    data = kept.read_text()
+    if damage == "gone":
+        kept.unlink()
+    else:
+        kept.write_text(data[:-9] if damage == "cut" else data.replace("sha256", "sha265"))
+    stage.run("new", "data.max_bad_fraction=0.1")
+    assert len(stage.made) == len(json.loads(data))
+    stage.run("newer", "data.max_bad_fraction=0.2")
+    assert stage.made == []
+
+
+def test_the_stage_sweeps_its_folder(stage: Stage) -> None:
+    stage.run("a")
+    left = [stage.folder(id) / "train" / ".part-00000.parquet.0123abcd.tmp" for id in "ab"]
+    left[1].parent.mkdir(parents=True)
+    for path in left:
+        path.write_bytes(b"half")
+    stage.run("b", "data.max_bad_fraction=0.1")
+    assert [path.exists() for path in left] == [True, False]
 
 
 def test_shards_too_large_for_the_memory_of_a_task_are_refused() -> None:

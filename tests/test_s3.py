@@ -19,7 +19,7 @@ from pipeline.data.parts import Part, read_parts
 from pipeline.data.preprocess import preprocess_shard
 from pipeline.data.sources import DataConfig, scan
 from pipeline.data.windows import WindowedShuffle
-from pipeline.errors import StorageError
+from pipeline.errors import DataError, StorageError
 from pipeline.storage import FileEntry, Manifest
 from tests.conftest import Workplace, tiny_command
 
@@ -91,6 +91,32 @@ def test_a_bucket_is_scanned_by_its_listing_alone(s3: S3, here: pytest.MonkeyPat
     proxy.close()
 
 
+def test_an_object_that_goes_or_cannot_be_asked_about_after_the_scan_is_one_sentence(
+    s3: S3, here: pytest.MonkeyPatch
+) -> None:
+    for i in range(3):
+        s3.put(f"going/{i}.png", photo(i))
+    source = scan(DataConfig(source="s3://bucket/going", image_size=8, channels=3))
+    (shard,) = cut(source, 20)
+    s3.put("going/2.png", photo(7))  # so its hash must be asked for
+
+    def refuses_when_it_is_read(_: int, method: str, path: str) -> str:
+        read = [p for m, p, _ in proxy.requests if m == "GET" and p.endswith("2.png")]
+        return "403" if method == "HEAD" and read else ""
+
+    proxy = through(here, s3, refuses_when_it_is_read)
+    shard.place.renew()
+    with pytest.raises(DataError, match=r"going/2.png cannot be read: .*; run the same command"):
+        list(read(shard))
+    proxy.close()
+    proxy = through(here, s3, lambda *_: "")
+    shard.place.renew()
+    storage.remove("s3://bucket/going/2.png")
+    with pytest.raises(DataError, match=r"'2.png' changed while the source was being read"):
+        list(read(shard))
+    proxy.close()
+
+
 def test_more_files_than_a_page_of_a_listing_holds_are_all_found(
     s3: S3, here: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +185,7 @@ def two_epochs(parts: list[Part]) -> list[tuple[bytes, list[int]]]:
     """(pixels, labels) of the batches as training reads them, in windows."""
     steps = -(-2 * sum(part.num_images for part in parts) // 8)
     with contextlib.closing(WindowedShuffle(parts, 5, 8, window=24, lanes=2)) as shuffle:
-        batches = prefetch(Batches(shuffle), 0, steps)
+        batches = prefetch(Batches(shuffle).at, 0, steps)
         return [(batch.pixels.numpy().tobytes(), batch.labels.tolist()) for batch in batches]
 
 

@@ -126,6 +126,12 @@ def test_a_part_may_be_without_classes_and_without_images(encoding: str) -> None
     assert table["label"].null_count == 2
 
 
+def test_a_part_has_room_for_the_names_of_many_classes() -> None:
+    names = [f"n{i:08d}, the synset of that number" for i in range(60_000)]
+    data = encode_part(some_images(), LABELS, KEYS, names)
+    assert json.loads(pq.read_schema(io.BytesIO(data)).metadata[b"class_names"]) == names
+
+
 def test_row_groups_hold_512_images() -> None:
     images = np.zeros((1100, 1, 1, 1), np.uint8)
     data = encode_part(images, [None] * 1100, ["k"] * 1100, [])
@@ -142,6 +148,13 @@ def test_a_damaged_part_is_noticed(tmp_path: Path, encoding: str) -> None:
     data[len(data) // 3] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(CorruptArtifact, match="part-00001.parquet does not match its sha256"):
+        read_split(str(tmp_path), "train")
+
+
+def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
+    write_shard_set(str(tmp_path), "raw")
+    (tmp_path / "train" / "part-00001.parquet").unlink()
+    with pytest.raises(CorruptArtifact, match="part-00001.parquet is missing: delete"):
         read_split(str(tmp_path), "train")
 
 

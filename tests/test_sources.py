@@ -12,6 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -20,10 +21,11 @@ from PIL import Image
 from pipeline import storage
 from pipeline.data import pieces
 from pipeline.data.formats import loose
+from pipeline.data.formats.common import Place
 from pipeline.data.input_shards import cut, read
 from pipeline.data.listing import absolute, list_files
 from pipeline.data.sources import DataConfig, Source, scan
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from tests.conftest import ROOT
 
 
@@ -285,6 +287,80 @@ def test_a_second_scan_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         scan(config(tmp_path / "set"), index)
 
 
+IDX = {
+    "a-images-idx3-ubyte": bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 1]) + b"xy",
+    "a-labels-idx1-ubyte": bytes([0, 0, 8, 1, 0, 0, 0, 2]) + bytes([1, 0]),
+}
+CIFAR = {
+    "data_batch_1.bin": bytes([1]) + bytes(3072) + bytes([0]) + b"x" * 3072,
+    "batches.meta.txt": b"\n".join(b"c%d" % i for i in range(10)),
+}
+
+
+@pytest.mark.parametrize("chosen", ["", "/*.bin", "/*images*", "/a-images-idx3-ubyte"])
+def test_what_is_remembered_of_a_file_goes_with_the_labels_that_lie_beside_it(
+    tmp_path: Path, chosen: str
+) -> None:
+    """They may be no part of the source, where that is a file or a glob."""
+    (images, data), (beside, labels) = (CIFAR if "bin" in chosen else IDX).items()
+    root = write(tmp_path / "set", {images: data})
+
+    def classes() -> list[str]:
+        source = scan(config(f"{root}{chosen}"), str(tmp_path / "index"), remember=True)
+        return [source.class_names[n] for n in found(source).values() if n is not None]
+
+    numbers = ["1", "0"] if "bin" in chosen else []
+    assert classes() == numbers
+    (root / beside).write_bytes(labels)
+    named = ["c1", "c0"] if "bin" in chosen else ["1", "0"]
+    assert classes() == named
+    other = labels.replace(b"c0", b"d0") if "bin" in chosen else labels[:-2] + bytes([0, 1])
+    (root / beside).write_bytes(other)
+    os.utime(root / beside, (1, 1))
+    assert classes() == (["c1", "d0"] if "bin" in chosen else ["0", "1"])
+    (root / beside).unlink()
+    assert classes() == numbers
+
+
+def test_a_link_is_read_again_when_what_it_leads_to_has_changed(tmp_path: Path) -> None:
+    target = tmp_path / "target.bmp"
+    target.write_bytes(b"one")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.bmp").symlink_to(target)
+    first = scan(config(tmp_path / "set"), str(tmp_path / "index"), remember=True)
+    target.write_bytes(b"two")
+    os.utime(target, (1, 1))
+    again = scan(config(tmp_path / "set"), str(tmp_path / "index"), remember=True)
+    assert again.fingerprint != first.fingerprint
+
+
+def test_a_server_that_does_not_answer_has_not_said_that_there_are_no_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, IDX)
+    fs = type(fsspec.filesystem("file"))
+    info = fs.info
+
+    def away(self: Any, path: Any, **how: Any) -> Any:
+        if "labels" in str(path) and isinstance(path, str):
+            raise ConnectionError("no route to host")
+        return info(self, path, **how)
+
+    monkeypatch.setattr(fs, "info", away)
+    with pytest.raises(DataError, match="a-labels-idx1-ubyte cannot be read: no route to host"):
+        scan(config(tmp_path))
+    with pytest.raises(ConnectionError):
+        Place(str(tmp_path)).exists("a-labels-idx1-ubyte")
+
+
+def test_a_file_of_which_it_is_not_known_when_it_was_written_is_not_remembered(
+    tmp_path: Path, website: str
+) -> None:
+    write(tmp_path / "set", FOLDER)
+    scan(config(f"{website}/set"), str(tmp_path / "index"), remember=True)
+    assert not (tmp_path / "index").exists()
+
+
 def test_a_scan_that_is_not_to_be_remembered_writes_nothing(tmp_path: Path) -> None:
     scan(config(write(tmp_path / "set", FOLDER)), str(tmp_path / "index"))
     assert not (tmp_path / "index").exists()
@@ -293,10 +369,47 @@ def test_a_scan_that_is_not_to_be_remembered_writes_nothing(tmp_path: Path) -> N
 def test_a_damaged_memory_of_a_scan_is_made_anew(tmp_path: Path) -> None:
     index = tmp_path / "index"
     first = scan(config(write(tmp_path / "set", FOLDER)), str(index), remember=True)
-    for path in index.iterdir():
-        path.write_bytes(path.read_bytes()[:50])
+    (path,) = index.iterdir()
+    sound = path.read_bytes()
+    for place in range(0, len(sound), 7):
+        spoiled = bytearray(sound)
+        spoiled[place] ^= 1 << place % 8
+        path.write_bytes(spoiled if place % 2 else sound[:place])
+        (piece,) = pieces.pieces_of(*list_files(str(tmp_path / "set")))
+        assert pieces.recall(piece, str(index)) is None, place
     again = scan(config(tmp_path / "set"), str(index), remember=True)
     assert again.items.equals(first.items)
+    assert path.read_bytes() == sound
+
+
+def test_an_index_that_cannot_be_read_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan(config(write(tmp_path / "set", FOLDER)), str(tmp_path / "index"), remember=True)
+
+    def refuse(*_: object, **__: object) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(fsspec.filesystem("file")), "cat_file", refuse)
+    with pytest.raises(StorageError, match="permission denied"):
+        scan(config(tmp_path / "set"), str(tmp_path / "index"), remember=True)
+
+
+def test_an_image_file_of_an_unlikely_size_is_bad_and_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(write(tmp_path, FOLDER) / "huge.png", "wb") as file:
+        file.truncate(2**30 + 1)
+    read_file = Place.read
+
+    def watch(self: Place, name: str) -> bytes:
+        assert name != "huge.png"
+        return read_file(self, name)
+
+    monkeypatch.setattr(Place, "read", watch)
+    source = scan(config(tmp_path))
+    assert contents(source)["huge.png"] is None
+    assert "it has more than 1,073,741,824 bytes" in source.items["bad"].to_pylist()
 
 
 def test_a_file_that_changes_after_the_scan_is_noticed(tmp_path: Path) -> None:
@@ -367,6 +480,14 @@ def test_of_equal_images_the_first_is_kept_and_the_others_named(tmp_path: Path) 
     assert set(found(everything)) == {*LABELS, "cats/z.png", "dogs/a.png", "f.png", "g.png"}
     assert everything.duplicates == []
     assert everything.fingerprint == source.fingerprint
+
+
+def test_a_bad_image_is_neither_kept_for_a_sound_one_nor_dropped_for_it(tmp_path: Path) -> None:
+    same = {f"{i}.png": png(0) for i in range(4)}
+    (tmp_path / "x.tar").write_bytes(archive("tar", {**same, "0.json": b"{", "3.json": b"{"}))
+    source = scan(config(tmp_path))
+    assert source.duplicates == [("x.tar/2.png", "x.tar/1.png")]
+    assert [bool(bad) for bad in source.items["bad"].to_pylist()] == [True, False, True]
 
 
 def test_images_that_cannot_be_read_are_no_duplicates_of_each_other(tmp_path: Path) -> None:
@@ -443,6 +564,22 @@ def test_the_listing_is_sorted_and_has_no_hidden_files(tmp_path: Path) -> None:
     assert names == sorted(names) == [*sorted(LABELS)[:2], "dogs/c.webp", "dogs/notes.txt", "e.png"]
     assert pieces.format_of(place, "a.PNG") is loose
     assert pieces.format_of(place, "a.txt") is None
+
+
+def test_of_a_shard_set_the_parts_are_the_images(tmp_path: Path) -> None:
+    about = {"manifest.json": b"", "shards.json": b"", "contact_sheet.png": png(0)}
+    parts = {"train/part-00000.parquet": b"", "parts/00000.json": b""}
+    write(tmp_path / "ID", about | parts)
+    write(tmp_path, {"a.png": png(1), "shards.json": b"", "my_manifest.json": b""})
+    _, files = list_files(str(tmp_path / "ID"))
+    assert [file.name for file in files] == sorted(parts)
+    _, files = list_files(str(tmp_path))
+    assert [file.name for file in files] == [
+        *sorted(f"ID/{p}" for p in parts),
+        "a.png",
+        "my_manifest.json",
+        "shards.json",
+    ]
 
 
 def test_the_builtin_digits_are_in_no_folder(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Files are absent or whole; an output counts when its manifest stands."""
 
+import errno
 import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,54 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         storage.check_writable("/proc/nowhere")
     storage.check_writable(str(tmp_path / "new" / "runs"))
     assert list((tmp_path / "new" / "runs").iterdir()) == []
+
+
+def test_each_place_has_its_own_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(StorageError, match="is a file, not a folder; take another$"),
+        storage.exclusive(str(tmp_path / "file" / "lock"), remedy="take another"),
+    ):
+        pass
+    with pytest.raises(StorageError, match="none can be made; take another$"):
+        storage.check_writable("/proc/nowhere", "take another")
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", read_only)
+    with pytest.raises(
+        StorageError, match="it is read-only; choose .* --set storage=URI, or check"
+    ):
+        storage.write_bytes(str(tmp_path / "x"), b"")
+
+
+def test_a_file_is_hashed_without_being_held(root: str) -> None:
+    uri, data = storage.join(root, "large"), bytes(range(256)) * 2**17
+    storage.write_bytes(uri, data)
+    tracemalloc.start()
+    assert storage.sha256_of(uri) == storage.sha256(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * 2**20, "of 32 MiB"
+    with pytest.raises(FileNotFoundError):
+        storage.sha256_of(storage.join(root, "nothing"))
+
+
+def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
+    code = (
+        "import os; from pipeline import storage\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), 9)\n"
+        f"storage.write_bytes({str(tmp_path / 'a' / 'file')!r}, b'new')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    (left,) = (tmp_path / "a").iterdir()
+    assert left.name.startswith(".file.")
+    storage.write_bytes(str(tmp_path / "a" / "x.tmp"), b"whole")
+    storage.sweep(str(tmp_path))
+    assert storage.list_names(str(tmp_path / "a")) == ["x.tmp"]
+    storage.sweep(str(tmp_path / "nowhere"))
+    storage.sweep("memory://nowhere")
 
 
 def test_a_second_holder_waits_for_the_first_and_gets_in_when_it_is_killed(tmp_path: Path) -> None:

@@ -5,18 +5,20 @@ Which images these are is the business of pipeline/data/order.py. All that is dr
 """
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.data.augment import UNCHANGED, Augmentation, augment
-from pipeline.data.order import global_batch
+from pipeline.data.order import global_batch, share
 from pipeline.seeding import key, uniform
+
+T = TypeVar("T")
 
 
 class Shuffle(Protocol):
@@ -57,7 +59,7 @@ class FullShuffle:
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's share of a global batch of b = B/W rows."""
+    """A rank's share of a global batch: b rows."""
 
     step: int
     rows: range
@@ -80,18 +82,10 @@ class Batches:
     label_dropout: float = 0.0
     augmentation: Augmentation = UNCHANGED
 
-    def __post_init__(self) -> None:
-        if self.shuffle.batch_size % self.world_size:
-            raise ValueError(
-                f"training.batch_size={self.shuffle.batch_size} must be a multiple of "
-                f"cluster.workers={self.world_size}, so that every worker has the same share"
-            )
-
     def at(self, step: int) -> Batch:
         """The batch of any step, from 0."""
         seed, batch_size = self.shuffle.seed, self.shuffle.batch_size
-        share = batch_size // self.world_size
-        rows = range(self.rank * share, (self.rank + 1) * share)
+        rows = share(self.rank, self.world_size, batch_size)
         images, labels = self.shuffle.read(step, rows)
         images = augment(images, self.augmentation, seed, step, batch_size, rows)
         drop_label = drop_labels(seed, step, rows, self.label_dropout)
@@ -107,19 +101,19 @@ def drop_labels(seed: int, step: int, rows: range, label_dropout: float) -> Tens
 
 
 def prefetch(
-    batches: Batches, start: int, stop: int, depth: int = 4
-) -> Generator[Batch, None, None]:
-    """The batches of steps start .. stop - 1, up to `depth` of them made ahead by a thread.
+    make: Callable[[int], T], start: int, stop: int, depth: int = 4
+) -> Generator[T, None, None]:
+    """What `make` makes of steps start .. stop - 1, up to `depth` of them made ahead by a thread.
 
-    Whatever goes wrong in the thread is raised here, at the batch that it concerns. The thread is
+    Whatever goes wrong in the thread is raised here, at the step that it concerns. The thread is
     gone when the iterator is at its end or closed.
     """
-    ahead: deque[Future[Batch]] = deque()
+    ahead: deque[Future[T]] = deque()
     with ThreadPoolExecutor(1, "batches") as thread:
         try:
             for step in range(start, stop + depth):
                 if step < stop:
-                    ahead.append(thread.submit(batches.at, step))
+                    ahead.append(thread.submit(make, step))
                 if step >= start + depth:
                     yield ahead.popleft().result()
         finally:

@@ -8,7 +8,6 @@ a folder may be removed whenever no training uses it.
 """
 
 import errno
-import io
 import os
 import shutil
 import stat
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.data.parts import COLUMNS, Part, arrays_of, corrupt, read_parts
+from pipeline.data.parts import COLUMNS, Part, arrays_of, read_parts
+from pipeline.data.shards import read_part
 from pipeline.errors import StorageError
 
 LABEL = np.dtype(np.int64)
@@ -45,12 +44,12 @@ def memory_mapped(
         FileNotFoundError: the ShardSet is not complete.
         DataError: the split is empty.
         CorruptArtifact: a part does not match the sha256 in the manifest.
-        StorageError: a part cannot be read, or the files cannot be written.
+        StorageError: a part cannot be read, or the cache's files cannot be written.
     """
     parts = read_parts(shard_set, split)
     root = Path(cache) if cache else _folder_of_this_user()
     folder = root / storage.digest([part.entry.sha256 for part in parts])
-    with storage.exclusive(f"{folder}.lock"):
+    with storage.exclusive(f"{folder}.lock", remedy=REMEDY):
         if not folder.exists():
             try:
                 _make(parts, folder)
@@ -64,7 +63,10 @@ def memory_mapped(
 def _folder_of_this_user() -> Path:
     """Among the temporary files, where anyone may make a folder of any name: hence the checks."""
     folder = Path(tempfile.gettempdir()) / f"ray-ddpm-cache-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make {folder}: {error.strerror}; {REMEDY}") from error
     info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
         raise StorageError(
@@ -108,14 +110,7 @@ def _make(parts: list[Part], folder: Path) -> None:
 
 
 def _read(part: Part) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        data = storage.read_bytes(part.uri)
-    except FileNotFoundError as error:
-        raise corrupt(part.shard_set, part.entry.path, "is missing") from error
-    if storage.sha256(data) != part.entry.sha256:
-        why = "does not match its sha256 in the manifest"
-        raise corrupt(part.shard_set, part.entry.path, why)
-    return arrays_of(pq.read_table(io.BytesIO(data), columns=COLUMNS))
+    return arrays_of(read_part(part.shard_set, part.entry, COLUMNS))
 
 
 def _begin(file: IO[bytes], dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:

@@ -13,8 +13,11 @@ if TYPE_CHECKING:  # a worker that decodes needs no torch, which takes 1.4 s and
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """No others: some that Pillow knows start other programs."""
 MAX_PIXELS = 100_000_000
-"""An image that claims more than this is refused before it is decoded: it would take 300 MB."""
+"""An image that claims more is refused before it is decoded. Pillow holds 4 bytes a pixel, and as
+much again where it must change its mode; its WebP decoder takes 12, which makes 1.2 GB."""
 TOO_LARGE = f"it has more than {MAX_PIXELS:,} pixels"
+BAND_PIXELS = 2**20
+"""A large image changes its mode in bands of so many pixels, since each step takes a copy."""
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -134,8 +137,27 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: Pillow would clip to 255
-        image = _to_8_bits(image)
+    if image.mode == mode and not image.has_transparency_data:
+        return image
+    bands, top = _bands(image), _top(image)
+    if len(bands) == 1:
+        return _band_to_mode(image, mode, top)
+    made = Image.new(mode, image.size)
+    for box in bands:
+        made.paste(_band_to_mode(image.crop(box), mode, top), box)
+    return made
+
+
+def _bands(image: Image.Image) -> list[tuple[int, int, int, int]]:
+    """(left, upper, right, lower) of rows that hold about BAND_PIXELS."""
+    width, height = image.size
+    rows = max(1, BAND_PIXELS // width)
+    return [(0, upper, width, min(upper + rows, height)) for upper in range(0, height, rows)]
+
+
+def _band_to_mode(image: Image.Image, mode: str, top: float) -> Image.Image:
+    if _is_wide(image):
+        image = _to_8_bits(image, top)
     elif image.mode == "LAB":  # Pillow knows no other way from there
         image = image.convert("RGB")
     if image.has_transparency_data:
@@ -145,14 +167,29 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 bits from 0 to 65535; of 32, where no rule says, by its largest value."""
-    wide = np.nan_to_num(np.asarray(image, np.float32))
-    largest = wide.max()
-    if image.mode.startswith("I;16") or largest > 255:
-        top = 65535.0
-    else:
-        top = 1.0 if image.mode == "F" and largest <= 1 else 255.0
+def _is_wide(image: Image.Image) -> bool:
+    """Whether it has 16 or 32 bits, which Pillow would clip to 255."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def _values(image: Image.Image) -> np.ndarray:
+    """(H, W) float32"""
+    return np.nan_to_num(np.asarray(image, np.float32))
+
+
+def _top(image: Image.Image) -> float:
+    """Which value is white: of 16 bits 65535; of 32, where no rule says, the largest decides."""
+    if not _is_wide(image) or image.mode.startswith("I;16"):
+        return 65535.0
+    largest = max(_values(image.crop(box)).max() for box in _bands(image))
+    if largest > 255:
+        return 65535.0
+    return 1.0 if image.mode == "F" and largest <= 1 else 255.0
+
+
+def _to_8_bits(image: Image.Image, top: float) -> Image.Image:
+    """A grey image whose values are from 0 to `top`."""
+    wide = _values(image)
     narrow = np.rint(wide.clip(0, top) * (255 / top)).astype(np.uint8)
     if "transparency" in image.info:
         narrow[wide == image.info["transparency"]] = 255
@@ -174,6 +211,13 @@ def to_uint8(x: "Tensor") -> np.ndarray:
 def to_pil(pixels: np.ndarray) -> Image.Image:
     """(H, W, C) uint8 as a Pillow image, grey for one channel."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
+    """(H, W, C) uint8, made smaller where it is larger than `side`; its proportions stay."""
+    image = to_pil(pixels)
+    image.thumbnail((side, side))
+    return np.asarray(image, np.uint8).reshape(image.height, image.width, -1)
 
 
 def grid(

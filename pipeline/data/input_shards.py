@@ -65,15 +65,16 @@ def read(shard: InputShard) -> Iterator[tuple[Item, bytes | np.ndarray | None]]:
             continue
         try:
             raw = next(contents)
+            is_same = _is_same(raw, item.digest, shard.place, row["file"])
         except (FileNotFoundError, StopIteration):
-            raw = b""
+            is_same = False
         except DataError:
             raise
         except Exception as error:  # whatever the package of that scheme raises
             raise shard.place.error(
                 row["file"], f"cannot be read: {error}; run the same command again"
             ) from error
-        if not _is_same(raw, item.digest, shard.place, row["file"]):
+        if not is_same:
             raise DataError(
                 f"data.source={shard.source!r}: the image {item.key!r} changed while the source "
                 "was being read; run the same command again"

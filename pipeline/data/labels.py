@@ -14,6 +14,7 @@ Label = int | str
 
 FILE_COLUMNS = ("file", "file_name", "filename", "path", "image", "image_id", "name", "key", "id")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target")
+REMEDY = "name another file with --set data.labels=FILE"
 
 
 def read_labels(uri: str) -> dict[str, Label]:
@@ -25,10 +26,11 @@ def read_labels(uri: str) -> dict[str, Label]:
     that are all whole numbers are numbers, others the names of classes.
 
     Raises:
-        DataError: it cannot be read, or is not of that form.
+        DataError: it does not exist, or is not of that form.
+        StorageError: it cannot be read.
     """
     try:
-        text = storage.read_bytes(uri).decode("utf-8-sig")
+        text = storage.read_bytes(uri, REMEDY).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"data.labels={uri!r} does not exist") from error
     except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
 """The files of a source: what a path, a glob or an fsspec URI stands for."""
 
 import contextlib
-import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import storage
 from pipeline.data.formats.common import Place
+from pipeline.data.shards import SHARDS
 from pipeline.errors import DataError
+from pipeline.storage import MANIFEST
 
 BUILTIN = "builtin:"
 """What a source that is part of a package begins with."""
@@ -28,7 +30,8 @@ class ListedFile:
     """Its path within the source."""
     size: int
     mark: str
-    """Something that changes when the file does: its ETag or its time of modification."""
+    """Something that changes when the file does: its ETag or its time of modification. Empty where
+    the file system tells nothing of the kind."""
     etag: str = ""
     """The store's own hash of the content, where it has one."""
 
@@ -81,6 +84,9 @@ def list_files(source: str) -> tuple[Place, list[ListedFile]]:
             root, found = path, fs.find(path, detail=True)
         else:
             root, found = path.rpartition("/")[0], {path: fs.info(path)}
+        for name in [name for name, info in found.items() if info.get("islink")]:
+            with contextlib.suppress(FileNotFoundError):  # the listing says when the link was made
+                found[name] = fs.info(name)
     except DataError:
         raise
     except Exception as error:  # whatever the package of that scheme raises
@@ -95,9 +101,27 @@ def list_files(source: str) -> tuple[Place, list[ListedFile]]:
     files = [_listed(name[len(root) + 1 :], info, is_s3) for name, info in found.items()]
     place = Place((root if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(root)) or "/")
     place.renew()
-    return place, sorted(
-        (file for file in files if not _is_hidden(file.name)), key=lambda file: file.name
-    )
+    files = [file for file in files if not _is_hidden(file.name)]
+    return place, sorted(_without_covers(files), key=lambda file: file.name)
+
+
+def look_up(place: Place, names: Iterable[str]) -> list[ListedFile]:
+    """Those of these files of a place that are there, whether or not they are in the source.
+
+    Raises:
+        DataError: that cannot be told.
+    """
+    found = []
+    for name in names:
+        try:
+            found.append(_listed(name, place.info(name), is_s3=False))
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # whatever the package of that scheme raises
+            raise place.error(
+                name, f"cannot be read: {error}; run the same command again"
+            ) from error
+    return found
 
 
 def _opened(source: str) -> tuple[Any, str]:
@@ -123,11 +147,17 @@ def _glob(fs: Any, path: str) -> dict[str, dict[str, Any]]:
 
 def _listed(name: str, info: dict[str, Any], is_s3: bool) -> ListedFile:
     etag = str(info.get("ETag") or "").strip('"')
-    known = etag or next(filter(None, map(info.get, MARKS)), None)
-    mark = str(known or uuid.uuid4())  # of a file without a mark nothing is remembered
+    mark = str(etag or next(filter(None, map(info.get, MARKS)), ""))
     name = name.encode("utf-8", "backslashreplace").decode()  # else it will not be found, by name
     # a web server's is often no hash, but made of the size and the time
     return ListedFile(name, int(info.get("size") or 0), mark, etag if is_s3 else "")
+
+
+def _without_covers(files: list[ListedFile]) -> list[ListedFile]:
+    """Of a ShardSet the parts alone; its contact sheet is no image of it."""
+    places = {file.name.rpartition("/")[::2] for file in files}
+    sets = {folder for folder, name in places if name == MANIFEST and (folder, SHARDS) in places}
+    return [file for file in files if file.name.rpartition("/")[0] not in sets]
 
 
 def _is_hidden(name: str) -> bool:

@@ -3,7 +3,7 @@
 The epochs' orders stand one after another as an endless list of positions, of which global batch s
 is the positions s·B .. (s+1)·B - 1. So every image comes once an epoch, the tail of an epoch is not
 dropped, any step is reached without replaying the ones before it, and the number of workers has no
-part in it: rank r of W takes the r-th of W equal slices of each global batch.
+part in it: rank r of W takes the r-th of W slices of each global batch.
 
 An image is known by its index among the n of its split, in the order of the parts.
 """
@@ -37,6 +37,11 @@ def global_batch(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
         order = _epoch_order(seed, epoch, n)
         pieces.append(order[max(start - epoch * n, 0) : stop - epoch * n])
     return np.concatenate(pieces)
+
+
+def share(rank: int, world_size: int, batch_size: int) -> range:
+    """The rows of each global batch that are this rank's; ranks differ by at most one row."""
+    return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
 class Window(NamedTuple):

@@ -5,7 +5,9 @@ pages; the sha256 of a part can only be checked by those who read the whole of i
 """
 
 import contextlib
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +18,14 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from pipeline import storage
-from pipeline.data.shards import NO_LABEL, images_of
+from pipeline.data.shards import corrupt, images_of, labels_of
 from pipeline.errors import CorruptArtifact, DataError, StorageError
 from pipeline.storage import FileEntry
 
 COLUMNS = ["image", "label"]
 FOOTERS_AT_ONCE = 16
+PIECE_BYTES = 2**22
+"""What is read, and decoded, at once where single images of a part are wanted."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,12 @@ class Part:
         return int(self.footer.num_rows)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of its images."""
+        height, width, channels = json.loads(self.footer.metadata[b"shape"])
+        return height, width, channels
+
+    @property
     def group_sizes(self) -> list[int]:
         """The images of each of its row groups."""
         return [self.footer.row_group(i).num_rows for i in range(self.footer.num_row_groups)]
@@ -53,18 +63,58 @@ class Part:
             CorruptArtifact: the part is missing or damaged.
             StorageError: it cannot be read.
         """
+        with self._reader(pre_buffer=True) as parquet:
+            return arrays_of(parquet.read_row_group(group, columns=COLUMNS, use_threads=False))
+
+    def read_labels(self) -> np.ndarray:
+        """The labels (n,) int64 of all its images; raises as read_group does."""
+        with self._reader() as parquet:
+            return labels_of(parquet.read(columns=["label"], use_threads=False))
+
+    def read_images(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
+        """The images (H, W, C) uint8 at these rows, which ascend; raises as read_group does.
+
+        What lies between them is read in pieces and let go of.
+        """
+        batch_size = max(1, PIECE_BYTES // math.prod(self.shape))
+        with self._reader(pre_buffer=False, buffer_size=PIECE_BYTES) as parquet:
+            begin = 0
+            for group, size in enumerate(self.group_sizes):
+                wanted = [row - begin for row in rows if begin <= row < begin + size]
+                begin += size
+                if wanted:
+                    batches = parquet.iter_batches(
+                        batch_size, row_groups=[group], columns=["image"], use_threads=False
+                    )
+                    yield from _images_in(batches, wanted)
+
+    @contextlib.contextmanager
+    def _reader(self, **how: Any) -> Iterator[pq.ParquetFile]:
         with (
             _opened(self.shard_set, self.entry) as file,
             pq.ParquetFile(
-                file, metadata=self.footer, pre_buffer=True, page_checksum_verification=True
+                file, metadata=self.footer, page_checksum_verification=True, **how
             ) as parquet,
         ):
-            return arrays_of(parquet.read_row_group(group, columns=COLUMNS, use_threads=False))
+            yield parquet
+
+
+def _images_in(batches: Iterable[pa.RecordBatch], wanted: list[int]) -> Iterator[np.ndarray]:
+    """The images at these rows of a row group; what follows the last is not read."""
+    start = 0
+    for batch in batches:
+        stop = start + batch.num_rows
+        here = [row - start for row in wanted if start <= row < stop]
+        if here:
+            yield from images_of(pa.Table.from_batches([batch]).take(here))
+        if wanted[-1] < stop:
+            return
+        start = stop
 
 
 def arrays_of(table: Any) -> tuple[np.ndarray, np.ndarray]:
     """The images (N, H, W, C) uint8 and labels (N,) int64 of a part's table."""
-    return images_of(table), table["label"].fill_null(NO_LABEL).to_numpy().astype(np.int64)
+    return images_of(table), labels_of(table)
 
 
 def read_parts(shard_set: str, split: str) -> list[Part]:
@@ -81,7 +131,7 @@ def read_parts(shard_set: str, split: str) -> list[Part]:
         raise FileNotFoundError(f"there is no complete ShardSet at {shard_set}")
     entries = [entry for entry in manifest.files if entry.path.startswith(f"{split}/")]
     with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
-        parts = list(pool.map(lambda entry: _read_footer(shard_set, entry), entries))
+        parts = list(pool.map(lambda entry: read_footer(shard_set, entry), entries))
     if not any(part.num_images for part in parts):
         raise DataError(
             f"{shard_set} has no images in {split}: give it more, or lower data.holdout"
@@ -105,14 +155,13 @@ def keys_at(parts: list[Part], indices: np.ndarray) -> list[str]:
     return [keys[index] for index in indices.tolist()]
 
 
-def corrupt(shard_set: str, path: str, why: str) -> CorruptArtifact:
-    """The error for a part that is not what the manifest says."""
-    return CorruptArtifact(
-        f"{storage.join(shard_set, path)} {why}: delete {shard_set} and run the same command again"
-    )
+def read_footer(shard_set: str, entry: FileEntry) -> Part:
+    """A part of which the footer alone is read.
 
-
-def _read_footer(shard_set: str, entry: FileEntry) -> Part:
+    Raises:
+        CorruptArtifact: it is missing, damaged, or not of the size in its entry.
+        StorageError: it cannot be read.
+    """
     with _opened(shard_set, entry) as file:
         size = file.seek(0, 2)
         if size != entry.bytes:

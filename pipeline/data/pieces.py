@@ -4,6 +4,7 @@ What was found in a file is kept under its name, size and time of modification, 
 scan of the source only lists it.
 """
 
+import hashlib
 import io
 import itertools
 import zlib
@@ -17,8 +18,14 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.data.formats import arrays, cifar, digits, idx, loose, parquet, tar_files, zip_files
-from pipeline.data.formats.common import IMAGE_SUFFIXES, Member, Place
-from pipeline.data.listing import BUILTIN, ListedFile
+from pipeline.data.formats.common import (
+    IMAGE_SUFFIXES,
+    MAX_IMAGE_BYTES,
+    TOO_LARGE,
+    Member,
+    Place,
+)
+from pipeline.data.listing import BUILTIN, ListedFile, look_up
 from pipeline.errors import DataError
 
 FORMATS: tuple[tuple[tuple[str, ...], ModuleType], ...] = (
@@ -31,8 +38,9 @@ FORMATS: tuple[tuple[tuple[str, ...], ModuleType], ...] = (
 """By the end of a file's name; besides, image files and IDX files, whose names are known whole."""
 
 LOOSE_FILES_PER_PIECE = 1024
-PIECE_FORMAT = 1
+PIECE_FORMAT = 2
 """Raised when the formats find something else in the same files."""
+SHA256_BYTES = 32
 
 ITEMS = pa.schema(
     [
@@ -67,7 +75,8 @@ class Piece:
     place: Place
     files: Sequence[ListedFile]
     digest: str
-    """Of where they are and how they look in a listing."""
+    """Of where they are and how they look in a listing, with those that `index` looks at beside
+    them; empty where a listing would not show that one has changed."""
 
     @property
     def format(self) -> ModuleType:
@@ -88,12 +97,7 @@ def pieces_of(place: Place, files: list[ListedFile]) -> list[Piece]:
         if module is loose:
             images.append(file)
         elif module in (idx, cifar):  # their labels, or the names of classes, lie beside them
-            folder = file.name.rpartition("/")[0]
-            beside = [
-                other
-                for other in files
-                if other.name.rpartition("/")[0] == folder and format_of(place, other.name) is None
-            ]
+            beside = look_up(place, module.beside(file.name))
             pieces.append(_piece(place, module, [file], beside))
         elif module is not None:
             pieces.append(_piece(place, module, [file], []))
@@ -107,7 +111,7 @@ def _piece(
 ) -> Piece:
     marks = [(file.name, file.size, file.mark) for file in (*files, *beside)]
     digest = storage.digest([PIECE_FORMAT, module.__name__, place.uri, marks])
-    return Piece(place, files, digest)
+    return Piece(place, files, digest if all(mark for _, _, mark in marks) else "")
 
 
 def runs(keys: Sequence[str], mean: int) -> Iterator[range]:
@@ -130,16 +134,30 @@ def runs(keys: Sequence[str], mean: int) -> Iterator[range]:
 
 
 def recall(piece: Piece, folder: str) -> pa.Table | None:
-    """What an earlier `look` kept in `folder`, None if it did not."""
-    try:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(_uri(piece, folder))))
-    except (FileNotFoundError, pa.ArrowInvalid):
+    """What an earlier `look` kept in `folder`, None if it did not, or if the file is damaged."""
+    if not piece.digest:
         return None
-    return table if table.schema.equals(ITEMS) else None
+    try:
+        kept = storage.read_bytes(_uri(piece, folder))
+    except FileNotFoundError:
+        return None
+    # of the whole file: Parquet's own checksums leave out its footer and the headers of its pages
+    found, data = kept[:SHA256_BYTES], memoryview(kept)[SHA256_BYTES:]
+    if hashlib.sha256(data).digest() != found:
+        return None
+    return pq.read_table(pa.BufferReader(data))
+
+
+def _keep(items: pa.Table, piece: Piece, folder: str) -> None:
+    """A sha256, and Parquet of which it is."""
+    sink = io.BytesIO()
+    pq.write_table(items, sink, compression="zstd")
+    data = sink.getvalue()
+    storage.write_bytes(_uri(piece, folder), hashlib.sha256(data).digest() + data)
 
 
 def _uri(piece: Piece, folder: str) -> str:
-    return storage.join(folder, f"{piece.digest}.parquet")
+    return storage.join(folder, f"{piece.digest}.items")
 
 
 def look(piece: Piece, keep_in: str | None = None) -> pa.Table:
@@ -154,6 +172,9 @@ def look(piece: Piece, keep_in: str | None = None) -> pa.Table:
     module = piece.format
     rows: list[tuple[str, str, Member]] = []
     for file in piece.files:
+        if module is loose and file.size > MAX_IMAGE_BYTES:
+            rows.append((file.name, file.name, Member("", None, "", bad=TOO_LARGE)))
+            continue
         if module is loose and file.etag:  # the store has hashed it already
             rows.append((file.name, file.name, Member("", None, f"etag:{file.etag}")))
             continue
@@ -179,10 +200,8 @@ def look(piece: Piece, keep_in: str | None = None) -> pa.Table:
         ],
         schema=ITEMS,
     )
-    if keep_in is not None:
-        sink = io.BytesIO()
-        pq.write_table(items, sink, compression="zstd")
-        storage.write_bytes(_uri(piece, keep_in), sink.getvalue())
+    if keep_in is not None and piece.digest:
+        _keep(items, piece, keep_in)
     return items
 
 

@@ -12,7 +12,6 @@ Hugging Face's `datasets` needs to know the classes and images by itself. `image
 Pages carry checksums, so that a reader of single row groups notices damage.
 """
 
-import io
 import json
 import math
 from dataclasses import dataclass
@@ -26,12 +25,16 @@ from pipeline import storage
 from pipeline.data.images import from_png, png
 from pipeline.errors import CorruptArtifact
 from pipeline.seeding import key, uniform
+from pipeline.storage import FileEntry
 
 ROW_GROUP_SIZE = 512
 PAGE_BYTES = 2**20
 """With one page a row group, writing takes three times the memory, and reading longer."""
 NO_LABEL = -1
+"""In memory, where a part has null; Hugging Face writes the same where a number is not known."""
 SPLITS = ("train", "holdout")
+SHARDS = "shards.json"
+"""Beside the parts of a finished ShardSet: what is in those of each input shard."""
 
 
 def split_of(image_key: str, holdout: float) -> str:
@@ -69,8 +72,10 @@ def encode_part(
     columns = [column, pa.array(labels, pa.int64()), pa.array(keys, pa.string())]
     table = pa.Table.from_arrays(columns, schema=schema)
     image_bytes = math.prod(images.shape[1:])
-    # memory that is not written to is not taken, but a buffer that grows is copied
-    buffer = pa.allocate_buffer(2 * table.nbytes + 2**20)
+    # memory that is not written to is not taken, but a buffer that grows is copied; the metadata
+    # stands in the footer as it is and in base64
+    named = sum(map(len, schema.metadata.values()))
+    buffer = pa.allocate_buffer(2 * table.nbytes + 3 * named + 2**20)
     sink = pa.FixedSizeBufferWriter(buffer)
     pq.write_table(
         table,
@@ -130,6 +135,35 @@ def images_of(table: pa.Table) -> np.ndarray:
     return pixels.reshape(-1, *shape)
 
 
+def labels_of(table: pa.Table) -> np.ndarray:
+    """The labels of a part's table: (N,) int64, NO_LABEL where there is none."""
+    labels: np.ndarray = table["label"].fill_null(NO_LABEL).to_numpy().astype(np.int64)
+    return labels
+
+
+def read_part(shard_set: str, entry: FileEntry, columns: list[str] | None = None) -> pa.Table:
+    """The table of a part that is as the manifest says.
+
+    Raises:
+        CorruptArtifact: it is missing, or does not match its sha256.
+        StorageError: it cannot be read.
+    """
+    try:
+        data = storage.read_bytes(storage.join(shard_set, entry.path))
+    except FileNotFoundError as error:
+        raise corrupt(shard_set, entry.path, "is missing") from error
+    if storage.sha256(data) != entry.sha256:
+        raise corrupt(shard_set, entry.path, "does not match its sha256 in the manifest")
+    return pq.read_table(pa.BufferReader(data), columns=columns)
+
+
+def corrupt(shard_set: str, path: str, why: str) -> CorruptArtifact:
+    """The error for a part that is not what the manifest says."""
+    return CorruptArtifact(
+        f"{storage.join(shard_set, path)} {why}: delete {shard_set} and run the same command again"
+    )
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """A split in memory: images (N, H, W, C) uint8, labels (N,) int64 with NO_LABEL for none."""
@@ -147,25 +181,19 @@ def read_split(shard_set: str, split: str) -> ImageSet:
 
     Raises:
         FileNotFoundError: the ShardSet is not complete.
-        CorruptArtifact: a part does not match the sha256 in the manifest.
+        CorruptArtifact: a part is missing, or does not match the sha256 in the manifest.
+        StorageError: a part cannot be read.
     """
     manifest = storage.read_manifest(shard_set)
     if manifest is None:
         raise FileNotFoundError(f"there is no complete ShardSet at {shard_set}")
     images, labels, keys = [], [], []
     for entry in manifest.files:
-        if not entry.path.startswith(f"{split}/"):
-            continue
-        data = storage.read_bytes(storage.join(shard_set, entry.path))
-        if storage.sha256(data) != entry.sha256:
-            raise CorruptArtifact(
-                f"{storage.join(shard_set, entry.path)} does not match its sha256 in the manifest: "
-                f"delete {shard_set} and run the same command again"
-            )
-        table = pq.read_table(io.BytesIO(data))
-        images.append(images_of(table))
-        labels.append(table["label"].fill_null(NO_LABEL).to_numpy().astype(np.int64))
-        keys.extend(table["key"].to_pylist())
+        if entry.path.startswith(f"{split}/"):
+            table = read_part(shard_set, entry)
+            images.append(images_of(table))
+            labels.append(labels_of(table))
+            keys.extend(table["key"].to_pylist())
     if not images:
         return ImageSet(np.empty((0, 1, 1, 1), np.uint8), np.empty(0, np.int64), [])
     return ImageSet(np.concatenate(images), np.concatenate(labels), keys)

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from pipeline import storage
@@ -63,7 +64,7 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     holdout: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Share of the images that training never sees, chosen by the hash of their key."""
     max_bad_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
-    """More undecodable images than this share stop the stage."""
+    """More images that cannot be used than this share stop the stage."""
     images_per_shard: int = Field(default=512, ge=1)
     """On average; a shard has between half and twice as many."""
 
@@ -100,7 +101,9 @@ class Source:
     duplicates: list[tuple[str, str]]
     """(key, key of the image that was kept)."""
     fingerprint: str
-    """What the images are, whatever the place they lie in or the time they were written."""
+    """What the images are: their names, labels and hashes, whenever they were written. Of an image
+    file in a bucket the hash is the store's own, the ETag, since the scan does not read it: the
+    same images have one fingerprint there and another elsewhere."""
 
 
 def scan(
@@ -225,12 +228,13 @@ def _with_labels(config: DataConfig, items: pa.Table) -> tuple[pa.Table, list[st
 
 
 def _without_duplicates(items: pa.Table) -> tuple[pa.Table, list[tuple[str, str]]]:
-    """The first of each content, and which were dropped for which."""
-    digest = items["digest"].to_numpy()
+    """The first of each content, and which were dropped for which; bad images are not compared."""
+    sound = np.flatnonzero(pc.equal(items["bad"], "").to_numpy())
+    digest = items["digest"].to_numpy()[sound]
     _, first, group = np.unique(digest, return_index=True, return_inverse=True)
-    keeper = first[group]  # the row that each row is a copy of
-    row = np.arange(len(digest))
-    dropped = (keeper != row) & (digest != "")
+    keeper = np.arange(items.num_rows)  # the row that each row is a copy of
+    keeper[sound] = sound[first[group]]
+    dropped = keeper != np.arange(items.num_rows)
     if not dropped.any():
         return items, []
     keys = items["key"]

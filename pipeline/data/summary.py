@@ -3,12 +3,11 @@
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
-from pipeline import storage
-from pipeline.data.images import grid
-from pipeline.data.shards import SPLITS, images_of
+from pipeline.data.images import grid, thumbnail
+from pipeline.data.parts import read_footer
+from pipeline.data.shards import SPLITS
 from pipeline.data.sources import DataConfig, Source
 from pipeline.storage import FileEntry
 
@@ -18,11 +17,13 @@ MAX_NAMED = 1000
 """Bad images and duplicates that the manifest names."""
 SHEET_COLUMNS, SHEET_ROWS, SHEET_PARTS = 16, 10, 16
 """Of the contact sheet; its images come from so many parts at most."""
+SHEET_PIXELS = 128
+"""Of a side of an image on it, at most: of larger ones it would be too large to look at."""
 
 
 def summary(config: DataConfig, source: Source, records: list[dict[str, Any]]) -> dict[str, Any]:
     """What is worth knowing of the ShardSet: the `stats` of its manifest."""
-    bad = [image for record in records for image in record["bad"]]
+    bad, duplicates = bad_and_duplicates(source, records)
     sizes = np.array([size for record in records for size in record["sizes"]]).reshape(-1, 3)
     histograms = np.sum([record["histograms"] for record in records], axis=0)  # (C, 256)
     share = histograms / np.maximum(histograms.sum(1, keepdims=True), 1)
@@ -44,11 +45,30 @@ def summary(config: DataConfig, source: Source, records: list[dict[str, Any]]) -
         "pixel_std": np.sqrt(share @ np.arange(256) ** 2 - mean**2).round(3).tolist(),
         "num_bad": len(bad),
         "bad": bad[:MAX_NAMED],
-        "num_duplicates": len(source.duplicates),
-        "duplicates": [list(pair) for pair in source.duplicates[:MAX_NAMED]],
+        "num_duplicates": len(duplicates),
+        "duplicates": [list(pair) for pair in duplicates[:MAX_NAMED]],
         "num_too_small": sum(record["num_too_small"] for record in records),
         "num_too_narrow": sum(record["num_too_narrow"] for record in records),
     }
+
+
+def bad_and_duplicates(
+    source: Source, records: list[dict[str, Any]]
+) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
+    """The key and reason of each image that cannot be used, and the doubles of those that can.
+
+    Doubles were dropped unread: where the image that was kept turned out to be bad, so are they.
+    """
+    bad = [image for record in records for image in record["bad"]]
+    # what the scan knew to be bad has no doubles, but an archive may hold its name twice
+    known = source.items.filter(pc.not_equal(source.items["bad"], ""))["key"].to_pylist()
+    reasons = {image["key"]: image["reason"] for image in bad}
+    for key in known:
+        reasons.pop(key, None)
+    for key, kept in source.duplicates:
+        if kept in reasons:
+            bad.append({"key": key, "reason": reasons[kept]})
+    return bad, [pair for pair in source.duplicates if pair[1] not in reasons]
 
 
 def _spread(sizes: np.ndarray) -> dict[str, list[int]]:
@@ -74,21 +94,34 @@ def left_out(stats: dict[str, Any]) -> str:
 
 
 def contact_sheet(folder: str, files: list[FileEntry], num_classes: int) -> bytes:
-    """A PNG of training images of the whole set: a column a class, or as they come without."""
-    paths = [file.path for file in files if file.path.startswith("train/")]
-    chosen = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, SHEET_PARTS).astype(int))]
+    """A PNG of training images of the whole set: a column a class, or as they come without.
+
+    Of its parts the labels are read first, and then the images that it shows, one after the other.
+    """
+    entries = [file for file in files if file.path.startswith("train/")]
+    chosen = np.unique(np.linspace(0, len(entries) - 1, SHEET_PARTS).astype(int))
+    parts = [read_footer(folder, entries[i]) for i in chosen]
     columns = min(num_classes, SHEET_COLUMNS) or SHEET_COLUMNS
-    tables = [
-        pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(folder, path))))
-        for path in chosen
-    ]
-    images = np.concatenate([images_of(table) for table in tables])
-    labels = np.concatenate([table["label"].fill_null(-1).to_numpy() for table in tables])
-    if not num_classes:
-        rows = np.unique(np.linspace(0, len(images) - 1, columns * SHEET_ROWS).astype(int))
-        return grid(images[rows], columns)
-    sheet = np.full((SHEET_ROWS, columns, *images.shape[1:]), 128, np.uint8)
-    for column in range(columns):
-        of_class = np.flatnonzero(labels == column)[:SHEET_ROWS]
-        sheet[: len(of_class), column] = images[of_class]
-    return grid(sheet.reshape(-1, *images.shape[1:]), columns)
+    if num_classes:
+        labels = np.concatenate([part.read_labels() for part in parts])
+        cells = {
+            int(n): row * columns + column
+            for column in range(columns)
+            for row, n in enumerate(np.flatnonzero(labels == column)[:SHEET_ROWS])
+        }
+        num_cells = SHEET_ROWS * columns
+    else:
+        total = sum(part.num_images for part in parts)
+        rows = np.unique(np.linspace(0, total - 1, columns * SHEET_ROWS).astype(int))
+        cells = {int(n): cell for cell, n in enumerate(rows)}
+        num_cells = len(cells)
+    blank = thumbnail(np.full(parts[0].shape, 128, np.uint8), SHEET_PIXELS)
+    sheet = np.stack([blank] * num_cells)
+    start = 0
+    for part in parts:
+        here = sorted(n for n in cells if start <= n < start + part.num_images)
+        images = part.read_images([n - start for n in here])
+        for n, image in zip(here, images, strict=True):
+            sheet[cells[n]] = thumbnail(image, SHEET_PIXELS)
+        start += part.num_images
+    return grid(sheet, columns)

@@ -8,6 +8,10 @@ Each module has two functions:
         the content of the images at those places of the file, in that order: an encoded image
         file, or (H, W, C) uint8 pixels
 
+Where `index` looks at files that lie beside that one, a third says at which:
+
+    beside(name) -> list[str]
+
 `index` reads all of a file once, `read` only what is asked for. What is wrong with a single image
 is said in its Member; what is wrong with the whole file is a DataError.
 """

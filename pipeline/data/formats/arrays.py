@@ -23,9 +23,9 @@ from pipeline.data.formats.common import (
     pixels_at,
     read_up_to,
     rows,
-    sha256,
 )
 from pipeline.data.formats.zip_files import DAMAGE, opened, refusal
+from pipeline.storage import sha256
 
 RULE = "uint8 of the shape (N, H, W) or (N, H, W, C) with C of 1, 3 or 4, in C order"
 MAX_HEADER_BYTES = 12 + 10_000

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.data.formats.common import Member, Place, read_up_to, sha256
+from pipeline.data.formats.common import Member, Place, read_up_to
+from pipeline.storage import sha256
 
 PIXELS = 3 * 32 * 32
-NAMES = {1: "batches.meta.txt", 2: "fine_label_names.txt"}
-"""By the number of labels in a row: the file beside, with the name of a class in each line."""
+NAMES = ("batches.meta.txt", "fine_label_names.txt")
+"""For one label in a row, and for two: the file beside, with the name of a class in each line."""
 CLASSES = {1: 10, 2: 100}
 
 
@@ -58,29 +59,30 @@ def _image(planes: bytes) -> np.ndarray:
 
 def _num_labels(place: Place, name: str, size: int) -> int:
     """1 for CIFAR-10, 2 for CIFAR-100; where the size allows both, the names beside decide."""
-    fits = [number for number in NAMES if size and size % (number + PIXELS) == 0]
+    fits = [number for number in CLASSES if size and size % (number + PIXELS) == 0]
     if not fits:
         raise place.error(
             name,
             f"has {size} bytes, no multiple of {1 + PIXELS} (CIFAR-10) or {2 + PIXELS} "
             "(CIFAR-100): it is truncated, or something else",
         )
-    named = [number for number in fits if place.exists(_beside(name, NAMES[number]))]
+    named = [number for number in fits if place.exists(beside(name)[number - 1])]
     return (named or fits)[0]
 
 
 def _class_names(place: Place, name: str, num_labels: int) -> list[str] | None:
-    beside = _beside(name, NAMES[num_labels])
-    if not place.exists(beside):
+    file = beside(name)[num_labels - 1]
+    if not place.exists(file):
         return None
-    with place.explained(beside, UnicodeDecodeError):
-        names = place.read(beside).decode().split()
+    with place.explained(file, UnicodeDecodeError):
+        names = place.read(file).decode().split()
     if len(names) != CLASSES[num_labels] or len(set(names)) != len(names):
         raise place.error(
-            beside, f"has {len(set(names))} names, a class each needs {CLASSES[num_labels]}"
+            file, f"has {len(set(names))} names, a class each needs {CLASSES[num_labels]}"
         )
     return names
 
 
-def _beside(name: str, other: str) -> str:
-    return posixpath.join(posixpath.dirname(name), other)
+def beside(name: str) -> list[str]:
+    """Where the names of the classes may stand: for one label in a row, and for two."""
+    return [posixpath.join(posixpath.dirname(name), other) for other in NAMES]

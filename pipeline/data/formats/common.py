@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import gzip
-import hashlib
 import math
 import zlib
 from collections import deque
@@ -69,13 +68,29 @@ class Place:
 
     def etag(self, name: str) -> str:
         """The store's own hash of a file, as it is now; empty if it has none."""
+        self._path(name)[0].invalidate_cache()
+        return str(self.info(name).get("ETag") or "").strip('"')
+
+    def info(self, name: str) -> dict[str, Any]:
+        """What the file system says of a file, such as its size.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
         fs, path = self._path(name)
-        fs.invalidate_cache()
-        return str(fs.info(path).get("ETag") or "").strip('"')
+        try:
+            found: dict[str, Any] = fs.info(path)
+        except NotADirectoryError as error:  # a file in place of its folder: it is not there
+            raise FileNotFoundError(str(error)) from error
+        return found
 
     def exists(self, name: str) -> bool:
-        fs, path = self._path(name)
-        return bool(fs.exists(path))
+        """Whether there is such a file; fsspec's own says no where a server is away, too."""
+        try:
+            self.info(name)
+        except FileNotFoundError:
+            return False
+        return True
 
     def renew(self) -> None:
         """Let all threads of this process read through the file system of the calling one.
@@ -142,10 +157,6 @@ class Member:
     """Where `read` of the same format finds it, such as (offset, size)."""
     bad: str = ""
     """Why it cannot be used, if that is known already."""
-
-
-def sha256(data: bytes | memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def read_up_to(file: IO[bytes], size: int) -> bytes:

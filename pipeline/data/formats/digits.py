@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.data.formats.common import Member, Place, sha256
+from pipeline.data.formats.common import Member, Place
+from pipeline.storage import sha256
 
 
 def index(place: Place, name: str) -> Iterator[Member]:

@@ -10,7 +10,8 @@ from typing import IO
 
 import numpy as np
 
-from pipeline.data.formats.common import Member, Place, pixels_at, rows, sha256
+from pipeline.data.formats.common import Member, Place, pixels_at, rows
+from pipeline.storage import sha256
 
 IMAGES = re.compile(r"(.+)-images([-.])idx3-ubyte(\.gz)?", re.IGNORECASE)
 
@@ -28,7 +29,7 @@ def stem(name: str) -> str:
 
 def index(place: Place, name: str) -> Iterator[Member]:
     """The images, with the labels from the file that lies beside, if one does."""
-    labels = next((other for other in _label_names(name) if place.exists(other)), None)
+    labels = next((other for other in beside(name) if place.exists(other)), None)
     with place.explained(name), place.open(name, "infer") as file:
         shape = _shape(place, name, file, 3)
         begin, size = file.tell(), shape[1] * shape[2]
@@ -50,13 +51,13 @@ def read(place: Place, name: str, wheres: list[tuple[int, ...]]) -> Iterator[np.
             yield pixels_at(place, name, file, where)
 
 
-def _label_names(name: str) -> Iterator[str]:
+def beside(name: str) -> list[str]:
     """What the file of the labels may be called; it need not be compressed as the images are."""
     match = IMAGES.fullmatch(name)
-    if match:
-        start, dash, suffix = match.groups(default="")
-        for other in (suffix, "" if suffix else ".gz"):
-            yield f"{start}-labels{dash}idx1-ubyte{other}"
+    if match is None:
+        return []
+    start, dash, suffix = match.groups(default="")
+    return [f"{start}-labels{dash}idx1-ubyte{s}" for s in (suffix, "" if suffix else ".gz")]
 
 
 def _labels(place: Place, name: str, images: str, count: int) -> Iterator[int]:

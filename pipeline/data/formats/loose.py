@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from pipeline.data.formats.common import UNREADABLE, Member, Place, sha256, why_unreadable
+from pipeline.data.formats.common import UNREADABLE, Member, Place, why_unreadable
+from pipeline.storage import sha256
 
 
 def index(place: Place, name: str) -> Iterator[Member]:

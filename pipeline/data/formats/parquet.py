@@ -18,13 +18,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.formats.common import Member, Place, label_of, sha256
+from pipeline.data.formats.common import (
+    MAX_IMAGE_BYTES,
+    TOO_LARGE,
+    Member,
+    Place,
+    label_of,
+)
+from pipeline.data.shards import NO_LABEL
+from pipeline.storage import sha256
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "cls")
-NO_LABEL = -1
-"""What Hugging Face writes where a number is not known."""
 BATCH = 32
 """Rows that are decoded at once: dictionaries and runs can make much of a small file."""
+BUFFER_BYTES = 2**20
+"""Of a column that are read at once, or a page where that is larger; else it would be what a whole
+row group has of it."""
 DAMAGE = (pa.ArrowException, ValueError, LookupError)
 """What pyarrow raises on a file that is damaged; also an OSError without a number, see _opened."""
 
@@ -43,12 +52,12 @@ def read(place: Place, name: str, wheres: list[tuple[int, ...]]) -> Iterator[byt
     with _opened(place, name) as file:
         columns = _columns(place, name, file.schema_arrow)
         for group, run in itertools.groupby(wheres, key=lambda where: where[0]):
-            rows = [row for _, row in run]
-            wanted = set(rows)
-            values = itertools.islice(_values(file, group, columns, False), max(rows) + 1)
-            images = {row: image for row, (image, _) in enumerate(values) if row in wanted}
-            for row in rows:
-                image = images.get(row)
+            values, at = _values(file, group, columns, False), -1
+            for _, row in run:
+                if row <= at:  # back to the beginning
+                    values, at = _values(file, group, columns, False), -1
+                image, _ = next(itertools.islice(values, row - at - 1, None), (None, None))
+                at = row
                 if image is None:
                     raise place.changed(name)
                 if columns.shape is None:
@@ -73,7 +82,9 @@ class _Columns:
 def _opened(place: Place, name: str) -> Iterator[pq.ParquetFile]:
     with place.explained(name, *DAMAGE), place.open(name) as raw:
         try:
-            with pq.ParquetFile(raw, page_checksum_verification=True, pre_buffer=False) as file:
+            with pq.ParquetFile(
+                raw, page_checksum_verification=True, pre_buffer=False, buffer_size=BUFFER_BYTES
+            ) as file:
                 yield file
         except OSError as error:
             if type(error) is OSError and error.errno is None:  # pyarrow's own, of damaged pages
@@ -103,6 +114,8 @@ def _member(
 ) -> Member:
     if image is None:
         return Member(name, None, "", where, "it is null")
+    if len(image) > MAX_IMAGE_BYTES:
+        return Member(name, None, "", where, TOO_LARGE)
     digest = sha256(image)
     names = columns.class_names
     if label is None or label == NO_LABEL:

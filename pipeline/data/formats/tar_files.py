@@ -27,8 +27,8 @@ from pipeline.data.formats.common import (
     label_of,
     leads_out,
     read_up_to,
-    sha256,
 )
+from pipeline.storage import sha256
 
 Label = int | str | None
 

@@ -26,8 +26,8 @@ from pipeline.data.formats.common import (
     label_of,
     leads_out,
     read_up_to,
-    sha256,
 )
+from pipeline.storage import sha256
 
 LABELS = "dataset.json"
 LOCAL_HEADER = struct.Struct("<4s22xHH")
