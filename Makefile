@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install run test lint bench serve ui clean
+.PHONY: help install run test soak lint bench serve ui clean
 
 help:            ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -29,6 +29,9 @@ lint: install    ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+soak: install    ## Kill trainings at random, for half an hour
+	$(BIN)/python -m pytest tests/soak.py -s
 
 PEERS  := .venv-peers
 $(PEERS)/.installed:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from pipeline.data.sources import DataConfig
 from pipeline.diffusion.schedules import DiffusionConfig
@@ -30,15 +30,37 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     address: str | None = None
     """Of a Ray cluster; by default RAY_ADDRESS, or a local Ray on this machine's cores."""
-    workers: int = Field(default=2, ge=1)
-    """Data-parallel training workers."""
+    workers: int | list[int] = 2
+    """Data-parallel training workers; or [least, most], as many as the cluster has room for."""
     cpus_per_worker: int = Field(default=1, ge=1)
     gpus_per_worker: Literal[0, 1] = 0
     max_failures: int = Field(default=10, ge=0)
     """How often training is restarted from its last checkpoint after a worker was lost."""
+    resize_seconds: float = Field(default=60, gt=0, allow_inf_nan=False)
+    """Of workers=[least, most]: how often it is seen whether there is room for more of them. A
+    change of their number costs a restart from the last checkpoint."""
+    peer_timeout: float = Field(default=300, gt=0, allow_inf_nan=False)
+    """Seconds for which a worker waits for another that has stopped, but is still there."""
     cache: str | None = Field(default=None, pattern="^/")
     """An absolute path: the folder where each node keeps the training images as they are mapped
     into memory; by default ray-ddpm-cache-UID among the temporary files."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _workers_are_counted(cls, value: Any) -> Any:
+        counts: list[Any] = value if isinstance(value, list) else [value, value]
+        are_numbers = len(counts) == 2 and all(type(count) is int for count in counts)
+        if not are_numbers or not 1 <= counts[0] <= counts[1]:
+            raise ValueError(f"{value!r} must be a number from 1, or [least, most]")
+        return value
+
+    @property
+    def min_workers(self) -> int:
+        return min(self.workers) if isinstance(self.workers, list) else self.workers
+
+    @property
+    def max_workers(self) -> int:
+        return max(self.workers) if isinstance(self.workers, list) else self.workers
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -79,16 +101,12 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"sampling.guidance={self.sampling.guidance} needs training.label_dropout above 0, "
                 "since guidance compares with the model without a label"
             )
-        if self.training.batch_size % self.cluster.workers:
+        parts = self.cluster.max_workers * self.training.accumulate
+        if self.training.batch_size < parts:
             raise ValueError(
-                f"training.batch_size={self.training.batch_size} must be a multiple of "
-                f"cluster.workers={self.cluster.workers}, so that every worker has the same share"
-            )
-        share = self.training.batch_size // self.cluster.workers
-        if share % self.training.accumulate:
-            raise ValueError(
-                f"training.accumulate={self.training.accumulate} must divide the {share} images "
-                "that each of cluster.workers has of a batch, so that its parts are equal"
+                f"training.batch_size={self.training.batch_size} is less than the {parts} parts "
+                f"into which cluster.workers={self.cluster.workers} and training.accumulate="
+                f"{self.training.accumulate} cut it: raise it, or lower one of them"
             )
         return self
 

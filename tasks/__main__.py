@@ -279,7 +279,7 @@ def sample(
     requests = [ImageRequest(seed, i, label, sampling) for i in range(n)]
     check_request(spec, requests[0])
     folder = str(out.absolute())
-    storage.check_writable(folder)
+    storage.check_writable(folder, remedy="choose another folder with --out")
     log_to_file(None)
     with cluster.connect(ClusterConfig(), num_cpus=1, num_gpus=0), Board() as board:
         bar = board.add("sample")

@@ -35,9 +35,9 @@ def connect(
         ClusterError: the cluster cannot be joined, or lacks what is asked for.
     """
     if num_cpus is None:
-        num_cpus = config.workers * config.cpus_per_worker
+        num_cpus = config.min_workers * config.cpus_per_worker
     if num_gpus is None:
-        num_gpus = config.workers * config.gpus_per_worker
+        num_gpus = config.min_workers * config.gpus_per_worker
     # libgomp's threads spin at barriers: with more of them than cores a step takes 20 times as long
     environment = {"OMP_WAIT_POLICY": "PASSIVE"}
     for name, value in environment.items():
@@ -99,6 +99,44 @@ def _check_reachable(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
             raise ConnectionError(f"nothing answers there ({error.strerror or error})") from error
+
+
+def worker_needs(config: ClusterConfig) -> str:
+    """`needs 2 workers of 1 CPU (cluster.workers, ...)`"""
+    workers, cpus, gpus = config.min_workers, config.cpus_per_worker, config.gpus_per_worker
+    return (
+        f"needs {workers} worker{'s' * (workers > 1)} of {cpus} CPU{'s' * (cpus > 1)}"
+        f"{' and a GPU' * gpus} "
+        "(cluster.workers, cluster.cpus_per_worker, cluster.gpus_per_worker)"
+    )
+
+
+def check_room(config: ClusterConfig) -> None:
+    """Raise ClusterError unless the nodes there have room for the fewest training workers."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    needs = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
+    room = sum(
+        int(min(node.get(kind, 0) // needed for kind, needed in needs.items() if needed))
+        for node in nodes
+    )
+    if room < config.min_workers:
+        there = "; ".join(f"{n.get('CPU', 0):g} CPUs, {n.get('GPU', 0):g} GPUs" for n in nodes)
+        raise ClusterError(
+            f"training {worker_needs(config)}, and Ray has room for {room} on its nodes ({there}): "
+            "ask for less, or join a larger cluster"
+        )
+
+
+def num_workers(config: ClusterConfig) -> int | tuple[int, int]:
+    """How many training workers, as Ray Train takes it; a local Ray keeps its spare CPU."""
+    if not isinstance(config.workers, list):
+        return config.workers
+    least, most = config.workers
+    if default_address(config) is None:
+        most = max(least, min(most, _num_cores() // config.cpus_per_worker))
+    return least, most
 
 
 def worker_device() -> torch.device:

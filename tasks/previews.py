@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -15,6 +15,7 @@ from pipeline.registry.models import load_model
 from pipeline.samplers.plan import SamplingConfig
 from pipeline.seeding import key
 from pipeline.serving.engine import Engine, ImageRequest
+from pipeline.training import checkpoint
 from tasks.stage import StageContext
 
 PREVIEW_STEPS = 25
@@ -41,47 +42,66 @@ def preview(uri: str, shard_set: str, guidance: float, seed: int) -> tuple[bytes
     return grid(pixels, columns), loss
 
 
+class Made(NamedTuple):
+    """A preview that is to be logged."""
+
+    step: int
+    png: bytes
+    loss: float
+
+
 class Previews:
-    """Previews of checkpoints as they appear, one at a time, outside the training ranks."""
+    """Previews of checkpoints as they appear, one at a time, outside the training ranks.
+
+    They are made whether MLflow answers or not: the checkpoint may be gone when it does.
+    """
 
     def __init__(self, ctx: StageContext) -> None:
+        """Raises StorageError where MLflow cannot say which previews an earlier run has made."""
         self.ctx = ctx
+        self._added = set(ctx.tracked_run().image_steps("samples"))
         self._waiting: deque[tuple[int, str]] = deque()
         self._running: tuple[int, Any] | None = None
+        self._made: deque[Made] = deque()
         self._task = ray.remote(num_cpus=0, max_retries=1)(preview)
 
     def add(self, step: int, uri: str) -> None:
-        self._waiting.append((step, uri))
+        """A checkpoint; the same step again is harmless."""
+        if step not in self._added:
+            self._added.add(step)
+            self._waiting.append((step, uri))
 
-    def poll(self, wait: bool = False) -> None:
-        """Log what is done and start what is next; with `wait`, until there is no more.
+    def make(self, wait: bool = False) -> None:
+        """Take in what is done and start what is next; with `wait`, until there is no more."""
+        config = self.ctx.config
+        while self._running or self._waiting:
+            if self._running is None:
+                step, uri = self._waiting.popleft()
+                shard_set, guidance = self.ctx.inputs["preprocess"], config.sampling.guidance
+                self._running = step, self._task.remote(uri, shard_set, guidance, config.seed)
+            step, result = self._running
+            if not ray.wait([result], timeout=None if wait else 0)[0]:
+                return
+            self._running = None
+            try:
+                made = Made(step, *ray.get(result))
+                if math.isfinite(made.loss):
+                    checkpoint.note_loss(self.ctx.folder, step, made.loss)
+                self._made.append(made)
+            except ray.exceptions.RayError as error:
+                # such as a checkpoint pruned before it was read: training goes on, a preview less
+                logging.getLogger(__name__).warning("no preview of step %d: %s", step, error)
+
+    def log(self) -> None:
+        """Log those that are made.
 
         Raises:
             StorageError: MLflow cannot be used; the next call takes up where this one stopped.
         """
-        while self._running or self._waiting:
-            if self._running is None:
-                step, uri = self._waiting[0]
-                is_there = self.ctx.tracked_run().has_image("samples", step)
-                self._waiting.popleft()
-                if is_there:
-                    continue
-                config = self.ctx.config
-                result = self._task.remote(
-                    uri, self.ctx.inputs["preprocess"], config.sampling.guidance, config.seed
-                )
-                self._running = (step, result)
-            step, result = self._running
-            if not ray.wait([result], timeout=None if wait else 0)[0]:
-                return
-            try:
-                png, loss = ray.get(result)
-            except ray.exceptions.RayError as error:
-                # such as a checkpoint pruned before it was read: training goes on, a preview less
-                logging.getLogger(__name__).warning("no preview of step %d: %s", step, error)
-            else:
-                run = self.ctx.tracked_run()
-                if math.isfinite(loss):
-                    run.log_history([{"step": step, "holdout_loss": loss}])
-                run.log_image("samples", step, png)  # last: its presence says that both are there
-            self._running = None  # only now: MLflow may be away
+        run = self.ctx.tracked_run()
+        while self._made:
+            step, png, loss = self._made[0]
+            if math.isfinite(loss):
+                run.log_history([{"step": step, "holdout_loss": loss}])
+            run.log_image("samples", step, png)  # last: its presence says that both are there
+            self._made.popleft()

@@ -24,13 +24,21 @@ import torch
 import yaml
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import storage
 from pipeline.data.summary import CONTACT_SHEET
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ClusterError, ConfigError, StorageError
 from pipeline.samplers.model import ModelSpec
 from pipeline.storage import FileEntry
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, posthoc
+from tasks.cluster import check_room, num_workers, worker_needs
 from tasks.previews import Previews
 from tasks.stage import Outcome, StageContext
 from tasks.train_worker import Job, train_worker
@@ -59,6 +67,7 @@ def run(ctx: StageContext) -> Outcome:
 
     Raises:
         ConfigError: there are fewer training images than a batch has.
+        ClusterError: the workers cannot be started.
         TrainingDiverged: the loss or its gradient is not finite.
         StorageError: MLflow is away, and still is MLFLOW_PATIENCE after the last step.
     """
@@ -72,6 +81,7 @@ def run(ctx: StageContext) -> Outcome:
             f"training images of data.source={config.data.source!r}: an epoch would not fill a "
             "batch; lower it, or give more images"
         )
+    check_room(config.cluster)
     tracked = ctx.tracked_run()
     tracked.log_dataset(
         config.name,
@@ -87,29 +97,16 @@ def run(ctx: StageContext) -> Outcome:
     ):
         tracked.log_artifact("", name, content.encode())
     ctx.progress.start(config.training.steps, "steps")
-    reporter = Reporter.remote()  # type: ignore[attr-defined]
+    ctx.progress.update(0, "waits for workers")
+    reporter = Reporter.options(  # type: ignore[attr-defined]
+        # it stays or goes with the driver, whatever becomes of other nodes
+        scheduling_strategy=NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        ),
+        max_restarts=-1,
+        max_task_retries=-1,
+    ).remote()
     job = Job(config, ctx.folder, ctx.inputs["preprocess"], shards.stats["class_names"], reporter)
-    cluster = config.cluster
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(timeout_s=300),
-        scaling_config=ScalingConfig(
-            num_workers=cluster.workers,
-            use_gpu=cluster.gpus_per_worker > 0,
-            resources_per_worker={
-                "CPU": cluster.cpus_per_worker,
-                **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
-            },
-        ),
-        run_config=RunConfig(
-            name="ray",
-            storage_path=ctx.folder,
-            failure_config=FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=3
-            ),
-        ),
-    )
     previews = Previews(ctx)
     for info in checkpoint.complete_checkpoints(ctx.folder):
         previews.add(info.step, info.uri)
@@ -118,13 +115,14 @@ def run(ctx: StageContext) -> Outcome:
 
     def fit() -> None:
         try:
-            trainer.fit()
+            _fit(job)
         except BaseException as error:  # handed to the thread that waits below
             failure.append(error)
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
     history: deque[dict[str, float]] = deque()
+    try_again = 0.0
     while True:
         alive = thread.is_alive()
         for record in ray.get(reporter.take.remote()):
@@ -137,13 +135,15 @@ def run(ctx: StageContext) -> Outcome:
             history.extend(record.get("history", []))
             if history:
                 ctx.progress.update(int(history[-1]["step"]), f"loss {history[-1]['loss']:.4f}")
-        try:
-            _log(ctx, history)
-            previews.poll()
-        except StorageError as error:
-            # training does not wait for it, and what was not logged is logged later
-            logging.getLogger(__name__).warning("%s", error)
-            time.sleep(MLFLOW_PAUSE)
+        previews.make()
+        if time.monotonic() >= try_again:
+            try:
+                _log(ctx, history)
+                previews.log()
+            except StorageError as error:
+                # training does not wait for it, and what was not logged is logged later
+                logging.getLogger(__name__).warning("%s", error)
+                try_again = time.monotonic() + MLFLOW_PAUSE
         if not alive:
             break
         thread.join(timeout=0.5)
@@ -151,11 +151,12 @@ def run(ctx: StageContext) -> Outcome:
         raise failure[0]
     ctx.progress.update(config.training.steps, "previews")
     info = checkpoint.read(ctx.folder, config.training.steps)
+    previews.make(wait=True)
     begin = time.monotonic()
     while True:
         try:
             _log(ctx, deque(info.history))  # with what a lost reporter did not pass on
-            previews.poll(wait=True)
+            previews.log()
             break
         except StorageError:
             if time.monotonic() - begin > MLFLOW_PATIENCE:
@@ -164,6 +165,55 @@ def run(ctx: StageContext) -> Outcome:
             time.sleep(MLFLOW_PAUSE)
     storage.remove(storage.join(ctx.folder, "ray"))
     return _outcome(ctx, info)
+
+
+def _fit(job: Job) -> None:
+    """Train on Ray Train. It restarts lost workers; should its own controller be lost, we do."""
+    cluster = job.config.cluster
+    for remaining in reversed(range(cluster.max_failures + 1)):
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"job": job},
+            torch_config=TorchConfig(timeout_s=cluster.peer_timeout),
+            scaling_config=ScalingConfig(
+                num_workers=num_workers(cluster),
+                use_gpu=cluster.gpus_per_worker > 0,
+                resources_per_worker={
+                    "CPU": cluster.cpus_per_worker,
+                    **({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}),
+                },
+                elastic_resize_monitor_interval_s=cluster.resize_seconds,
+            ),
+            run_config=RunConfig(
+                name="ray",
+                storage_path=job.folder,
+                failure_config=FailureConfig(
+                    max_failures=cluster.max_failures, controller_failure_limit=3
+                ),
+            ),
+        )
+        try:
+            trainer.fit()
+            return
+        except ray.exceptions.RayActorError:
+            if not remaining:
+                raise
+            _give_back_workers()
+        except ray.train.ControllerError as error:
+            if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+                raise
+            raise ClusterError(
+                f"training could not be started: it {worker_needs(cluster)}, and other work holds "
+                "what Ray has: wait for it, or ask for less; the same command goes on"
+            ) from error
+
+
+def _give_back_workers() -> None:
+    """Free what a lost controller held for its workers; Ray does so only when the job is over."""
+    job = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        if name.endswith(job) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 def environment() -> str:
@@ -185,19 +235,23 @@ def _log(ctx: StageContext, history: deque[dict[str, float]]) -> None:
 
 def _outcome(ctx: StageContext, info: checkpoint.CheckpointInfo) -> Outcome:
     name = checkpoint.checkpoint_name(info.step)
+    paths = [f"{name}/{file}" for file in [*info.state["files"], checkpoint.STATE]]
+    paths += posthoc.snapshot_files(ctx.folder)
     files = []
-    for file in [*info.state["files"], checkpoint.STATE]:
-        data = storage.read_bytes(storage.join(info.uri, file))
-        files.append(FileEntry(path=f"{name}/{file}", bytes=len(data), sha256=storage.sha256(data)))
+    for path in paths:
+        data = storage.read_bytes(storage.join(ctx.folder, path))
+        files.append(FileEntry(path=path, bytes=len(data), sha256=storage.sha256(data)))
     spec = ModelSpec.model_validate(info.state["spec"])
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in spec.make_network().parameters())
     rates = [record["images_per_second"] for record in info.history]
+    best = checkpoint.read_best(ctx.folder)
     stats = {
         "step": info.step,
         "loss": info.history[-1]["loss"],
         "num_parameters": parameters,
         "images_per_second": float(np.median(rates)),
+        "best_step": best.step if best else None,
         "mlflow_run_id": ctx.tracked_run().run_id,
     }
     return Outcome(files, stats)

@@ -5,17 +5,18 @@ What it has to say goes to the job's reporter, an actor that the driver listens 
 
 import contextlib
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-import ray.train.collective
 import ray.train.torch
 import torch
+from ray.train.collective import barrier, broadcast_from_rank_zero
 
 from pipeline import storage
 from pipeline.config import RunConfig
-from pipeline.data.batches import Batches, FullShuffle, Shuffle, prefetch
+from pipeline.data.batches import Batches, FullShuffle, Shuffle
 from pipeline.data.cache import memory_mapped
 from pipeline.data.parts import keys_at, read_parts
 from pipeline.data.windows import WindowedShuffle
@@ -26,7 +27,8 @@ from pipeline.samplers.model import ModelSpec
 from pipeline.seeding import key
 from pipeline.training import checkpoint, parallel, posthoc
 from pipeline.training.config import HALF, TrainingConfig
-from pipeline.training.loop import TrainState, make_state, train
+from pipeline.training.inputs import step_inputs
+from pipeline.training.loop import StepRecord, TrainState, make_state, train
 from pipeline.training.watch import Watch, measured_peak, training_flops
 
 NAMED_IMAGES = 3
@@ -70,13 +72,13 @@ def _train_rank(job: Job) -> None:
         torch.manual_seed(key(config.seed, "init"))
         network = spec.make_network().to(device)
     set_checkpointing(network, training.recompute)
+    torch.backends.cudnn.benchmark = True  # each step has the shapes of the one before
     if training.parallel == "fsdp" and world_size > 1:
         parallel.cut(network, device)
     state = make_state(network, training, config.diffusion.timesteps)
     found = checkpoint.latest_sound(job.folder) if rank == 0 else None
     # rank 0 decides: a checkpoint may appear or go while the others look
-    step = parallel.from_rank_zero(found.step if found else 0, device)
-    attempt = parallel.from_rank_zero(secrets.randbits(63), device)
+    step, attempt = broadcast_from_rank_zero((found.step if found else 0, secrets.randbits(63)))
     history: list[dict[str, float]] = []
     if step:
         info = found or checkpoint.read(job.folder, step)
@@ -84,11 +86,15 @@ def _train_rank(job: Job) -> None:
         history = info.history
     if rank == 0:
         job.reporter.push.remote({"resumed_at": step, "history": history})
+        if found:  # the attempt that wrote it may have died before it could say so
+            job.reporter.push.remote({"checkpoint": found.uri, "step": step})
 
     shuffle = open_shuffle(job)
     batches = Batches(shuffle, rank, world_size, training.label_dropout, training.augmentation)
-    # one node may have to decode the data for longer than the process group's operations may take
-    ray.train.collective.barrier()
+    # one node may have to decode the data for longer than `peer_timeout`
+    barrier()
+    if training.compile != "none":
+        network.compile(mode=training.compile)
     forward = parallel.wrap(network, device)
     schedule = None if config.diffusion.schedule == "learned" else make_schedule(config.diffusion)
     watch = make_watch(spec, training, device)
@@ -101,32 +107,36 @@ def _train_rank(job: Job) -> None:
             job.folder, spec.model_dump(), training.keep_checkpoints, written, attempt
         ) as writer,
         contextlib.closing(shuffle),
-        contextlib.closing(prefetch(batches, step, training.steps)) as coming,
+        contextlib.closing(
+            step_inputs(batches, spec.num_classes, step, training.steps, device)
+        ) as inputs,
     ):
-        for record in train(
-            state,
-            forward,
-            coming,
-            config.diffusion,
-            schedule,
-            training,
-            spec.num_classes,
-            config.seed,
-            device,
-        ):
+        records = train(
+            state, forward, inputs, config.diffusion, schedule, training, config.seed, device
+        )
+        for record in with_images_named(records, job, state, shuffle):
             watch.add(record)
             last = record.step == training.steps
             if record.step % training.log_every == 0 or last:
                 figures, bad_step = watch.take()
-                if bad_step is not None:  # the same on all ranks; nothing of it is saved
-                    raise TrainingDiverged(why_diverged(job, bad_step, shuffle))
+                if bad_step is not None:  # the same on all ranks; no checkpoint has it
+                    raise TrainingDiverged(
+                        "the training loss or its gradient is not finite at step "
+                        f"{bad_step}, {its_images(job, bad_step, shuffle)}; the checkpoints before "
+                        "it are kept: try a lower training.lr, more training.warmup_steps or less "
+                        "training.grad_clip"
+                    )
                 history.append({"step": record.step, **figures})
                 if rank == 0:
                     job.reporter.push.remote({"history": history[-1:]})
-            if record.step % training.checkpoint_every == 0 or last:
-                writer.save(state, history)
             if snapshot_falls_on(record.step, training):
+                # before the checkpoint, after which a run that was killed goes on
                 save_snapshots(job, state, rank)
+                barrier()
+            if record.step % training.checkpoint_every == 0 or last:
+                writer.wait()  # an upload may take longer than `peer_timeout`
+                barrier()
+                writer.save(state, history)
 
 
 def make_watch(spec: ModelSpec, training: TrainingConfig, device: torch.device) -> Watch:
@@ -159,17 +169,24 @@ def snapshot_falls_on(step: int, training: TrainingConfig) -> bool:
     return ema.kind == "power" and posthoc.snapshot_due(step, training.steps, ema.num_snapshots)
 
 
-def why_diverged(job: Job, step: int, shuffle: Shuffle) -> str:
-    """What to say of a step (from 1) that is not finite; its images are listed in a file."""
+def with_images_named(
+    records: Iterator[StepRecord], job: Job, state: TrainState, shuffle: Shuffle
+) -> Iterator[StepRecord]:
+    """The records; where the loop itself gives up, with the step and its images in the sentence."""
+    try:
+        yield from records
+    except TrainingDiverged as error:
+        step = state.step + 1
+        raise TrainingDiverged(f"step {step}, {its_images(job, step, shuffle)}: {error}") from error
+
+
+def its_images(job: Job, step: int, shuffle: Shuffle) -> str:
+    """`on the images A, B, C, ...` of a step (from 1); all of them are listed in a file."""
     keys = keys_at(read_parts(job.shard_set, "train"), shuffle.indices(step - 1))
     listed = storage.join(job.folder, f"diverged-{step:09d}.json")
     storage.write_json(listed, {"step": step, "images": keys})
-    return (
-        f"the training loss or its gradient is not finite at step {step}, on the images "
-        f"{', '.join(keys[:NAMED_IMAGES])}, ... (all {len(keys)} are in {listed}); the checkpoints "
-        "before it are kept: try a lower training.lr, more training.warmup_steps or less "
-        "training.grad_clip"
-    )
+    named = ", ".join(keys[:NAMED_IMAGES])
+    return f"on the images {named}, ... (all {len(keys)} are in {listed})"
 
 
 def open_shuffle(job: Job) -> Shuffle:

@@ -41,8 +41,7 @@ class StageSpec:
 
 
 STAGES = (
-    # not data.source and data.labels: images are what they are wherever they lie, and a hash of
-    # what the scan found is an input
+    # not data.source and data.labels: a hash of what the scan found is an input
     StageSpec(
         "preprocess",
         (

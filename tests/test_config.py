@@ -56,10 +56,15 @@ def test_the_tiny_config_of_the_tests_loads() -> None:
         ("sampling.steps=2000", "sampling: steps=2000 must be from 1 to the model's 1000"),
         ("training.label_dropout=0", "sampling.guidance=0.5 needs training.label_dropout above 0"),
         (
-            "training.batch_size=63",
-            "training.batch_size=63 must be a multiple of cluster.workers=2",
+            "training.batch_size=1",
+            "training.batch_size=1 is less than the 2 parts into which cluster.workers=2 and "
+            "training.accumulate=1 cut it",
         ),
-        ("training.accumulate=64", "training.accumulate=64 must divide the 32 images that each"),
+        ("training.accumulate=33", "is less than the 66 parts into which cluster.workers=2 and"),
+        ("cluster.workers=0", "cluster.workers: 0 must be a number from 1, or [least, most]"),
+        ("cluster.workers=two", "cluster.workers: 'two' must be a number from 1, or"),
+        ("cluster.workers=[3, 2]", "cluster.workers: [3, 2] must be a number from 1, or"),
+        ("cluster.workers=[1, 65]", "is less than the 65 parts into which cluster.workers=[1, 65]"),
         ("network.attention_at=[5]", "attention_at=[5] is not among the resolutions of the levels"),
         ("data.image_size=9", "data.image_size=9 is not a multiple of 2"),
         ("diffusion.zero_terminal_snr=true", "prediction=eps cannot work"),

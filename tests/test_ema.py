@@ -20,6 +20,7 @@ from pipeline.training.posthoc import (
     reconstruct,
     save_snapshots,
     snapshot_due,
+    snapshot_files,
     solve_weights,
 )
 
@@ -361,6 +362,18 @@ def test_snapshots_outlive_the_checkpoints_beside_them(tmp_path: Path) -> None:
     (tmp_path / "snapshots" / "step-000000100" / "snapshot.json").unlink()  # killed before it
     assert [s.profile for s in find_snapshots(str(tmp_path))] == [(0.05, 200)]
     assert find_snapshots(str(tmp_path / "nowhere")) == []
+
+
+def test_the_files_of_complete_snapshots_are_listed(tmp_path: Path) -> None:
+    assert snapshot_files(str(tmp_path)) == []
+    for step in (4, 8):
+        save_snapshots(str(tmp_path), step, {0.1: {"w": torch.zeros(1)}})
+    (tmp_path / "snapshots/step-000000004/snapshot.json").unlink()
+    folder = "snapshots/step-000000008"
+    assert snapshot_files(str(tmp_path)) == [
+        f"{folder}/power-0.1.safetensors",
+        f"{folder}/snapshot.json",
+    ]
 
 
 def test_a_snapshot_is_half_precision_where_it_can_be(tmp_path: Path) -> None:

@@ -16,7 +16,15 @@ from pipeline.networks.backbone import Backbone, set_checkpointing
 from pipeline.networks.choice import PRESETS, NetworkConfig, make_backbone
 from pipeline.networks.dit import DiTConfig
 from pipeline.networks.embedding import sinusoidal_embedding
-from pipeline.networks.unet import ResidualBlock, SelfAttention, UNet, UNetConfig, double, half
+from pipeline.networks.unet import (
+    DoublingConv2d,
+    ResidualBlock,
+    SelfAttention,
+    UNet,
+    UNetConfig,
+    double,
+    half,
+)
 from pipeline.samplers.model import ModelSpec
 from tests.conftest import ROOT
 
@@ -105,6 +113,12 @@ def test_a_size_the_levels_do_not_divide_is_refused() -> None:
 def test_attention_at_a_resolution_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attention_at=\[5\] is not among .* \[8, 4\]"):
         make(attention_at=[5])
+
+
+def test_a_doubling_convolution_is_the_doubled_image_convolved() -> None:
+    layer, x = DoublingConv2d(4).double(), torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    plain = F.conv2d(double(x), layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(layer(x), plain, rtol=0, atol=1e-12)
 
 
 def test_heads_that_do_not_divide_a_level_with_attention_are_refused() -> None:

@@ -14,6 +14,7 @@ import tarfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -22,6 +23,7 @@ import torch
 import yaml
 from mlflow.tracking import MlflowClient
 from PIL import Image
+from ray.cluster_utils import Cluster
 from safetensors.torch import load
 
 from pipeline import storage
@@ -227,7 +229,7 @@ def assert_ends_like_the_quiet_run(place: Workplace, tiny: Workplace) -> None:
     assert grids[0].read_bytes() == grids[1].read_bytes()
 
 
-def test_a_killed_training_worker_is_replaced_and_nothing_changes(
+def test_lost_workers_and_controllers_are_replaced_and_nothing_changes(
     tiny: Workplace, tmp_path: Path
 ) -> None:
     place = Workplace(tmp_path)
@@ -237,11 +239,71 @@ def test_a_killed_training_worker_is_replaced_and_nothing_changes(
         victims = ray_workers(process.pid, "RayTrainWorker")
         assert len(victims) == 2
         victims[1].kill()
+        wait_for(lambda: set(ray_workers(process.pid, "RayTrainWorker")) - set(victims), 60, "new")
+        (controller,) = ray_workers(process.pid, "TrainController")
+        controller.kill()
         output, _ = process.communicate(timeout=200)
     finally:
         end(process)
     assert process.returncode == 0, output
     assert_ends_like_the_quiet_run(place, tiny)
+
+
+def test_elastic_workers_follow_the_nodes_that_come_and_are_lost(
+    tiny: Workplace, tmp_path: Path
+) -> None:
+    place = place_with_shards(tiny, tmp_path / "place")
+    slow = ["network.base_channels=32", "training.batch_size=63", "training.steps=300"]
+    elastic = ["cluster.workers=[1, 2]", "cluster.resize_seconds=2"]
+    wide = ["cluster.workers=1", "cluster.cpus_per_worker=2"]
+    with two_nodes() as cluster:
+        first = cluster.add_node(num_cpus=1, include_dashboard=False)
+        # that cluster asks for no token, though this user may have one
+        at = {"RAY_ADDRESS": str(cluster.address), "RAY_AUTH_MODE": "disabled"}
+        process = place.start(*tiny_command("train", *slow, *elastic), **at)
+        try:
+            wait_for(lambda: final_step(place) >= 20, 120, "the first checkpoint")
+            assert len(train_workers_of(first)) == 1
+            second = cluster.add_node(num_cpus=1)
+            wait_for(lambda: train_workers_of(second), 60, "a worker on the node that came")
+            step = final_step(place)
+            wait_for(lambda: final_step(place) > step, 60, "a checkpoint of both")
+            assert len(train_workers_of(first)) == 1
+            said = place.ddpm(*tiny_command("train", *wide), code=2, **at).splitlines()[-1]
+            assert "error: training needs 1 worker of 2 CPUs (cluster.workers," in said
+            assert "has room for 0 on its nodes (1 CPUs, 0 GPUs; 1 CPUs, 0 GPUs)" in said
+            cluster.remove_node(second, allow_graceful=False)  # with all that ran there
+            output, _ = process.communicate(timeout=200)
+        finally:
+            end(process)
+    assert process.returncode == 0, output
+    assert place.manifest("train")["stats"]["step"] == 300
+    steps = [step for step, _ in metric_history(place, "loss")]
+    assert steps == list(range(5, 301, 5))
+    rates = (
+        metric_history(place, "images_per_second"),
+        metric_history(place, "images_per_second_per_worker"),
+    )
+    numbers = [round(all_ / one) for (_, all_), (_, one) in zip(*rates, strict=True)]
+    assert numbers[0] == 1
+    assert 2 in numbers
+    assert numbers[-1] == 1
+
+
+@contextlib.contextmanager
+def two_nodes() -> Iterator[Cluster]:
+    """A Ray cluster on this machine, to which nodes are added; without any at first."""
+    cluster = Cluster()
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def train_workers_of(node: Any) -> list[psutil.Process]:
+    """The training workers on a node of such a cluster."""
+    (raylet,) = node.all_processes["raylet"]
+    return ray_workers(raylet.process.pid, "RayTrainWorker")
 
 
 def test_a_killed_driver_leaves_a_state_from_which_the_same_command_ends_the_same(
@@ -389,7 +451,7 @@ def test_training_goes_on_while_mlflow_is_away_and_nothing_is_lost(
             history = client.get_metric_history(run_id, "loss")
             assert [point.step for point in history] == list(range(5, 201, 5))
             held_out = client.get_metric_history(run_id, "holdout_loss")
-            assert 200 in [point.step for point in held_out]
+            assert [point.step for point in held_out] == list(range(20, 201, 20))
     finally:
         end(process)
 

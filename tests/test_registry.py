@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,7 +59,7 @@ def test_a_run_is_found_again_and_points_are_not_doubled(uri: str) -> None:
     again = TrackedRun(uri, "exp", "train-1", {"training.lr": 0.2})
     assert again.run_id == first.run_id
     again.log_history([{"step": s, "loss": 1 / s} for s in (15, 20)])
-    assert again.has_image("samples", 10)
+    assert again.image_steps("samples") == {10}
     again.log_image("samples", 10, _png())
     again.log_image("samples", 20, _png())
     history = again.client.get_metric_history(again.run_id, "loss")
@@ -97,6 +98,37 @@ def test_what_a_store_that_was_away_did_not_take_is_logged_later(
         (3, 0.5),
         (4, 0.5),
     ]
+
+
+def test_what_arrived_without_an_answer_is_not_logged_twice(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    run = TrackedRun(uri, "exp", "train-6", {})
+    run.log_history([{"step": 1, "loss": 1.0}])
+    run.log_image("samples", 1, _png())
+    for name in ("log_batch", "log_image"):
+        call = getattr(MlflowClient, name)
+
+        def unanswered(*args: object, call: Any = call, **values: object) -> None:
+            call(*args, **values)
+            raise MlflowException("the connection was cut")
+
+        with monkeypatch.context() as cut:
+            cut.setattr(MlflowClient, name, unanswered)
+            with pytest.raises(StorageError, match="the connection was cut"):
+                if name == "log_batch":
+                    run.log_history([{"step": 2, "loss": 0.5}])
+                else:
+                    run.log_image("samples", 2, _png())
+    run.log_history([{"step": 2, "loss": 0.5}])
+    run.log_image("samples", 2, _png())
+    history = run.client.get_metric_history(run.run_id, "loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
+    images = [entry.path for entry in run.client.list_artifacts(run.run_id, "images")]
+    assert sum(path.endswith(".png") for path in images) == 2
 
 
 def test_figures_follow_the_newest_evaluation(uri: str) -> None:

@@ -1,8 +1,11 @@
 """What is logged of the steps."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from pipeline import storage
 from pipeline.networks.unet import UNet, UNetConfig
 from pipeline.training.loop import StepRecord
 from pipeline.training.watch import Watch, measured_peak, training_flops
@@ -53,6 +56,15 @@ def test_the_first_step_that_is_not_finite_is_named(
     assert found == bad
     if bad is None:
         assert figures["grad_norm"] == 1.5, "of the steps that were made"
+
+
+def test_figures_of_steps_that_all_overflowed_can_be_stored(tmp_path: Path) -> None:
+    watching = watch(may_overflow=True)
+    watching.add(record(1, 1.0, norm=float("inf")))
+    figures, bad = watching.take()
+    assert bad is None
+    assert "grad_norm" not in figures
+    storage.write_json(f"{tmp_path}/state.json", figures)
 
 
 def test_losses_by_quartile_are_those_of_the_batch() -> None:

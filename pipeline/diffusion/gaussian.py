@@ -20,9 +20,13 @@ from torch import Tensor
 
 
 def like(c: Tensor, x: Tensor) -> Tensor:
-    """The float64 coefficient `c`, () or (B,), shaped, cast and placed to multiply x (B, ...)."""
+    """The float64 coefficient `c`, () or (B,), shaped, cast and placed to multiply x (B, ...).
+
+    A GPU is not waited for.
+    """
     assert c.dtype == torch.float64
-    return c.reshape(c.shape + (1,) * (x.ndim - c.ndim)).to(x.device, x.dtype)
+    shaped = c.reshape(c.shape + (1,) * (x.ndim - c.ndim))
+    return shaped.to(x.device, x.dtype, non_blocking=True)
 
 
 def one_by_one(f: Callable[[Tensor], Tensor], c: Tensor) -> Tensor:

@@ -65,7 +65,9 @@ def in_turn(uri: str) -> contextlib.AbstractContextManager[None]:
     """Hold a sqlite store for this process, for what must not be done by two at once."""
     if not uri.startswith(SQLITE):
         return contextlib.nullcontext()
-    return storage.exclusive(uri.removeprefix(SQLITE) + ".lock")
+    return storage.exclusive(
+        uri.removeprefix(SQLITE) + ".lock", remedy="set another place with --set tracking.uri=URI"
+    )
 
 
 def artifact_location(uri: str) -> str | None:
@@ -125,9 +127,13 @@ class TrackedRun:
         metrics = [Metric(name, value, now, step) for (name, step), value in new.items()]
         for start in range(0, len(metrics), 1000):  # MLflow's limit of one call
             batch = metrics[start : start + 1000]
-            with explained(self.uri):
-                self.client.log_batch(self.run_id, metrics=batch)
-            for metric in batch:  # only now: the call may fail, and is then made again
+            try:
+                with explained(self.uri):
+                    self.client.log_batch(self.run_id, metrics=batch)
+            except StorageError:
+                self._last_step.clear()  # it may have arrived, though no answer came: ask again
+                raise
+            for metric in batch:
                 self._last_step[metric.key] = max(metric.step, self._last(metric.key))
 
     def log_figures(self, step: int, figures: dict[str, float]) -> None:
@@ -152,8 +158,8 @@ class TrackedRun:
             self._last_step[name] = max((point.step for point in history), default=-1)
         return self._last_step[name]
 
-    def has_image(self, name: str, step: int) -> bool:
-        """Whether the series `name` has an image of that step."""
+    def image_steps(self, name: str) -> set[int]:
+        """The steps of which the series `name` has an image."""
         if name not in self._image_steps:
             with explained(self.uri):
                 entries = self.client.list_artifacts(self.run_id, "images")
@@ -162,14 +168,18 @@ class TrackedRun:
             self._image_steps[name] = {
                 int(mark[2]) for mark in marks if len(mark) > 2 and mark[0] == name
             }
-        return step in self._image_steps[name]
+        return self._image_steps[name]
 
     def log_image(self, name: str, step: int, png: bytes) -> None:
         """Add an image to the series `name`, once a step."""
-        if not self.has_image(name, step):
-            with explained(self.uri):
-                image = Image.open(io.BytesIO(png))
-                self.client.log_image(self.run_id, image, key=name, step=step)
+        if step not in self.image_steps(name):
+            try:
+                with explained(self.uri):
+                    image = Image.open(io.BytesIO(png))
+                    self.client.log_image(self.run_id, image, key=name, step=step)
+            except StorageError:
+                del self._image_steps[name]  # likewise
+                raise
             self._image_steps[name].add(step)
 
     def log_artifact(self, folder: str, name: str, data: bytes) -> None:

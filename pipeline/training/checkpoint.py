@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -25,8 +26,7 @@ from pipeline.training import parallel
 from pipeline.training.loop import TrainState
 
 STATE = "state.json"
-TIMESTEPS = "timesteps.safetensors"
-LOSS_SCALE = "loss_scale.safetensors"
+BEST = "best.json"
 SUFFIX = ".safetensors"
 SLICE = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 PATIENCE = 600.0
@@ -54,18 +54,33 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def tensors_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
-    """All that a run consists of, beside its step: file -> name -> tensor."""
-    tensors = {
-        "model.safetensors": state.network.state_dict(),
-        **{f"{name}.safetensors": weights for name, weights in state.ema.averages.items()},
-        "optimizer.safetensors": _optimizer_tensors(state.network, state.optimizer),
+class Kept(NamedTuple):
+    """A part of a run's state, as a checkpoint keeps it in a file."""
+
+    tensors: dict[str, Tensor]
+    load: Callable[[dict[str, Tensor]], None]
+    """Takes such tensors over, whole ones."""
+
+
+def kept(state: TrainState) -> dict[str, Kept]:
+    """All that a run consists of, beside its step, by file: what is saved, and how it is loaded."""
+    network, optimizer, ema = state.network, state.optimizer, state.ema
+    parts = {
+        "model.safetensors": Kept(network.state_dict(), partial(_load_network, network)),
+        **{
+            f"{name}.safetensors": Kept(weights, partial(ema.load, average=name))
+            for name, weights in ema.averages.items()
+        },
+        "optimizer.safetensors": Kept(
+            _optimizer_tensors(network, optimizer),
+            partial(_load_optimizer_tensors, network, optimizer),
+        ),
     }
     if state.losses is not None:
-        tensors[TIMESTEPS] = state.losses.tensors()
+        parts["timesteps.safetensors"] = Kept(state.losses.tensors(), state.losses.load)
     if state.loss_scale.tensors():
-        tensors[LOSS_SCALE] = state.loss_scale.tensors()
-    return tensors
+        parts["loss_scale.safetensors"] = Kept(state.loss_scale.tensors(), state.loss_scale.load)
+    return parts
 
 
 class Writer:
@@ -105,10 +120,9 @@ class Writer:
         Raises:
             StorageError: the one before could not be written.
         """
-        if self._last is not None:
-            self._last.result()
+        self.wait()
         files, is_cut = {}, False
-        for file, tensors in tensors_of(state).items():
+        for file, (tensors, _) in kept(state).items():
             sliced = {name for name, tensor in tensors.items() if parallel.is_sliced(tensor)}
             is_cut |= bool(sliced)
             mine = tensors.keys() if self.rank == 0 else sliced
@@ -116,6 +130,15 @@ class Writer:
                 path = _slice_name(file, self.rank, self.world_size) if sliced else file
                 files[path] = {name: _copy(tensors[name]) for name in tensors if name in mine}
         self._last = self._thread.submit(self._write, state.step, files, is_cut, list(history))
+
+    def wait(self) -> None:
+        """Until the last one is written.
+
+        Raises:
+            StorageError: it could not be.
+        """
+        if self._last is not None:
+            self._last.result()
 
     def _write(
         self,
@@ -218,26 +241,13 @@ def load(info: CheckpointInfo, state: TrainState) -> None:
     Raises:
         CorruptArtifact: a file does not match its hash.
     """
-    tensors = {
-        file: read_tensors(info, file) for file in {SLICE.sub("", f) for f in info.state["files"]}
-    }
-    weights = {
-        name: parallel.cut_like(tensors["model.safetensors"][name], tensor)
-        for name, tensor in state.network.state_dict().items()
-    }
-    state.network.load_state_dict(weights)
-    for average in state.ema.averages:
-        state.ema.load(tensors[f"{average}.safetensors"], average)
-    _load_optimizer_tensors(state.network, state.optimizer, tensors["optimizer.safetensors"])
-    if state.losses is not None:
-        state.losses.load(tensors[TIMESTEPS])
-    if LOSS_SCALE in tensors:
-        state.loss_scale.load(tensors[LOSS_SCALE])
+    for file, part in kept(state).items():
+        part.load(read_tensors(info, file))
     state.step = info.step
 
 
 def read_tensors(info: CheckpointInfo, file: str) -> dict[str, Tensor]:
-    """What `tensors_of` calls `file`, whole: put together from its slices if it was cut.
+    """What `kept` calls `file`, whole: put together from its slices if it was cut.
 
     Raises:
         CorruptArtifact: a file does not match the sha256 in state.json.
@@ -259,17 +269,44 @@ def _read_file(info: CheckpointInfo, path: str) -> dict[str, Tensor]:
 
 
 def prune(folder: str, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints."""
+    """Delete all complete checkpoints but the newest `keep` and the best."""
+    best = read_best(folder)
     for info in complete_checkpoints(folder)[:-keep]:
-        storage.remove(
-            storage.join(info.uri, STATE)
-        )  # first, so that it is never half a checkpoint
-        storage.remove(info.uri)
+        if best is None or info.step != best.step:
+            storage.remove(storage.join(info.uri, STATE))  # first: it is never half a checkpoint
+            storage.remove(info.uri)
+
+
+class Best(NamedTuple):
+    """The checkpoint whose average predicts held-out images best, of those that were tried."""
+
+    step: int
+    holdout_loss: float
+
+
+def read_best(folder: str) -> Best | None:
+    """The best checkpoint below `folder` so far; None if none was tried."""
+    try:
+        return Best(**storage.read_json(storage.join(folder, BEST)))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def note_loss(folder: str, step: int, holdout_loss: float) -> None:
+    """Say how well a checkpoint predicts held-out images, so that the best one stays."""
+    best = read_best(folder)
+    if best is None or holdout_loss < best.holdout_loss:
+        storage.write_json(storage.join(folder, BEST), Best(step, holdout_loss)._asdict())
 
 
 def _copy(tensor: Tensor) -> Tensor:
     """What this rank has of it, on the CPU, in memory that the next step does not change."""
     return parallel.slice_of(tensor.detach()).to("cpu", copy=True).contiguous()
+
+
+def _load_network(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    here = network.state_dict().items()
+    network.load_state_dict({name: parallel.cut_like(tensors[name], to) for name, to in here})
 
 
 def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -288,8 +325,10 @@ def _load_optimizer_tensors(
     for path, value in tensors.items():
         slot, name = path.split("/", 1)
         parameter = by_name[name]
-        # AdamW keeps its moments beside the parameter, and its step count too if it is fused
-        if slot != "step" or optimizer.defaults["fused"]:
-            value = value.to(parameter.device)
-        placed = value if slot == "step" else parallel.cut_like(value, parameter)
+        if slot == "step":  # on the GPU only if it is fused
+            placed = value.to(parameter.device) if optimizer.defaults["fused"] else value
+        elif parallel.is_sliced(parameter):
+            placed = parallel.cut_like(value, parameter)
+        else:  # in the layout of the parameter, which the fused kernels insist on
+            placed = torch.empty_like(parameter).copy_(value)
         optimizer.state[parameter][slot] = placed

@@ -9,6 +9,7 @@ from pipeline.data.augment import Augmentation
 from pipeline.diffusion.losses import LossWeight
 from pipeline.diffusion.schedules import DiffusionConfig
 from pipeline.training.ema import EmaConfig
+from pipeline.training.settings import check_owners
 from pipeline.training.timesteps import TimestepSampler
 
 OWNERS = {
@@ -68,9 +69,13 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     accumulate: int = Field(default=1, ge=1)
     """A worker computes its rows of a batch in so many parts, one after the other, and steps once:
     for batches that do not fit in memory."""
-    channels_last: bool = False
+    channels_last: bool | None = None
     """Keep images and convolutions with their channels side by side, as the tensor cores of GPUs
-    want them. On a CPU it is no faster, and with bfloat16 slower."""
+    want them: by default on a GPU with bfloat16 or float16. On a CPU it is no faster, and with
+    bfloat16 slower."""
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    """The mode of torch.compile. reduce-overhead and max-autotune use CUDA graphs on a GPU. It
+    takes a minute or more at each start, and needs a C++ compiler; on a CPU it gains nothing."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several workers. ddp: each has all weights. fsdp: each has a slice of them, of their
     averages and of the optimizer's state, for networks that do not fit."""
@@ -98,7 +103,7 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     log_every: int = Field(default=50, ge=1)
     checkpoint_every: int = Field(default=1000, ge=1)
     keep_checkpoints: int = Field(default=3, ge=1)
-    """The last few stay, older ones are deleted."""
+    """The last few stay, and the one with the least loss on held-out images."""
 
     @model_validator(mode="after")
     def _slices_agree_on_overflow(self) -> "TrainingConfig":
@@ -134,13 +139,7 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @model_validator(mode="after")
     def _settings_have_an_owner(self) -> "TrainingConfig":
-        for name, (of, owner) in OWNERS.items():
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default and getattr(self, of) != owner:
-                raise ValueError(
-                    f"{name}={value} has no meaning for {of}={getattr(self, of)}: drop it, or use "
-                    f"{of}={owner}"
-                )
+        check_owners(self, OWNERS)
         return self
 
     @model_validator(mode="after")

@@ -20,15 +20,16 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from pipeline.training.parallel import cut_like, slice_of
+from pipeline.training.settings import check_owners
 
 OWNERS = {
-    "decay": "decay",
-    "half_life": "half_life",
-    "ramp_up": "half_life",
-    "sigma_rel": "power",
-    "num_snapshots": "power",
+    "decay": ("kind", "decay"),
+    "half_life": ("kind", "half_life"),
+    "ramp_up": ("kind", "half_life"),
+    "sigma_rel": ("kind", "power"),
+    "num_snapshots": ("kind", "power"),
 }
-"""The kind that a setting is of."""
+"""Settings that only one kind has."""
 
 
 class EmaConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -48,13 +49,7 @@ class EmaConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     @model_validator(mode="after")
     def _settings_have_an_owner(self) -> "EmaConfig":
-        for name, kind in OWNERS.items():
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default and self.kind != kind:
-                raise ValueError(
-                    f"{name}={value} has no meaning for kind={self.kind}: drop it, or use "
-                    f"kind={kind}"
-                )
+        check_owners(self, OWNERS)
         return self
 
     @model_validator(mode="after")

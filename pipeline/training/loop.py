@@ -10,21 +10,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.batches import Batch
 from pipeline.data.images import to_unit
-from pipeline.data.shards import NO_LABEL
 from pipeline.diffusion.gaussian import like
 from pipeline.diffusion.schedules import DiffusionConfig, Schedule
 from pipeline.networks.backbone import dropout_keys
 from pipeline.networks.monotone import ScheduledNetwork
-from pipeline.seeding import key, normal
 from pipeline.training import parallel
 from pipeline.training.config import HALF, TrainingConfig
 from pipeline.training.ema import Ema
+from pipeline.training.inputs import StepInputs
 from pipeline.training.objective import Rows, learned_schedule_loss, loss
 from pipeline.training.optimizer import LossScale, learning_rate, make_optimizer
 from pipeline.training.timesteps import LossHistory, draw_timesteps
@@ -52,7 +49,7 @@ class StepRecord:
     step: int
     """From 1."""
     loss: Tensor
-    """This rank's mean."""
+    """Of this rank's rows; the mean over the ranks is that of the global batch."""
     grad_norm: Tensor
     """Of the mean over all ranks, before it is clipped."""
     quartile_losses: Tensor
@@ -60,14 +57,14 @@ class StepRecord:
     their number, by quarter of the timesteps, the least noise first."""
     lr: float
     waited: float
-    """Seconds until there was a batch."""
+    """Seconds until there was a batch, with its noise."""
 
 
 def make_state(network: nn.Module, config: TrainingConfig, timesteps: int) -> TrainState:
     """The state before the first step, for a process of T = `timesteps`."""
     device = next(network.parameters()).device
     # before it is wrapped, which takes the layout as it is; slices have none of their own
-    if config.channels_last and not any(map(parallel.is_sliced, network.parameters())):
+    if in_channels_last(config, device) and not any(map(parallel.is_sliced, network.parameters())):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     by_losses = config.timestep_sampler == "loss_second_moment"
     return TrainState(
@@ -79,25 +76,30 @@ def make_state(network: nn.Module, config: TrainingConfig, timesteps: int) -> Tr
     )
 
 
+def in_channels_last(config: TrainingConfig, device: torch.device) -> bool:
+    """Whether images are kept with their channels side by side."""
+    if config.channels_last is None:
+        return device.type == "cuda" and config.precision in HALF
+    return config.channels_last
+
+
 def train(
     state: TrainState,
     forward: nn.Module,
-    batches: Iterator[Batch],
+    inputs: Iterator[StepInputs],
     diffusion: DiffusionConfig,
     schedule: Schedule | None,
     config: TrainingConfig,
-    num_classes: int,
     seed: int,
     device: torch.device,
 ) -> Iterator[StepRecord]:
     """Train from state.step to config.steps; after each yield `state` is that of a finished step.
 
     Args:
-        batches: this rank's, from step state.step on.
+        inputs: this rank's, from step state.step on.
         forward: what computes the network and reduces gradients over the ranks, see
             `parallel.wrap`.
         schedule: None if it is learned, beside the network.
-        num_classes: also the null label; 0 for an unconditional network.
 
     Raises:
         TrainingDiverged: gradients in float16 overflow whatever the scale of the loss.
@@ -105,7 +107,9 @@ def train(
     half = HALF.get(config.precision)
     autocast = torch.autocast(device.type, half, half is not None)
 
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    side_by_side = in_channels_last(config, device)
+    layout = torch.channels_last if side_by_side else torch.contiguous_format
+    _, world_size = parallel.rank_and_world_size()
 
     def network(image: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
         image = image.contiguous(memory_format=layout)
@@ -119,42 +123,58 @@ def train(
         assert schedule is not None
         return loss(network, rows, diffusion, schedule, config)
 
+    def backward(rows: Rows, weight: Tensor, dropout: Tensor) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of all parts; the loss of each row, and `StepRecord.loss`."""
+        parts = zip(
+            rows.parts(config.accumulate),
+            weight.tensor_split(config.accumulate),
+            dropout.tensor_split(config.accumulate),
+            strict=True,
+        )
+        found = []
+        for i, (part, part_weight, keys) in enumerate(parts):
+            with (
+                parallel.reducing(forward, i == config.accumulate - 1),
+                dropout_keys(state.network, keys),
+            ):
+                losses = row_losses(part)
+                total = (like(part_weight, losses) * losses).sum()
+                # the mean over the ranks, which need not have equally many rows, is then that of
+                # the global batch
+                of_part = total * (world_size / config.batch_size)
+                state.loss_scale.backward(of_part)
+            found.append((losses.detach(), of_part.detach()))
+        return torch.cat([of for of, _ in found]), torch.stack([of for _, of in found]).sum()
+
+    unsettled = parallel.changes_its_layout(forward)
     while state.step < config.steps:
         step = state.step
         began = time.monotonic()
-        batch = next(batches)
+        given = next(inputs)
         waited = time.monotonic() - began
-        assert batch.step == step
+        assert given.step == step
         t, weight = draw_timesteps(
             config.timestep_sampler,
             seed,
             step,
-            batch.rows,
+            given.rows,
             config.batch_size,
             diffusion.timesteps,
             schedule,
             state.losses,
             (config.log_normal_mean, config.log_normal_std),
         )
+        rows = _on_device(given, t, device)
+        dropout = given.dropout.to(device, non_blocking=True)
+        if unsettled:  # what this gives is thrown away
+            backward(rows, weight, dropout)
+            unsettled = False
         state.optimizer.zero_grad(set_to_none=True)
-        rows = _rows(batch, t, num_classes, seed, device)
-        parts = rows.parts(config.accumulate)
-        found = []
-        for i, part in enumerate(parts):
-            here = slice(i * len(part.t), (i + 1) * len(part.t))
-            keys = _dropout_keys(seed, step, batch.rows[here]).to(device, non_blocking=True)
-            with (
-                parallel.reducing(forward, i == len(parts) - 1),
-                dropout_keys(state.network, keys),
-            ):
-                losses = row_losses(part)
-                mean = (like(weight[here], losses) * losses).mean()
-                state.loss_scale.backward(mean / len(parts))
-            found.append((losses.detach(), mean.detach()))
-        losses = torch.cat([of for of, _ in found])
+        losses, loss_of_rows = backward(rows, weight, dropout)
         if state.losses is not None:
             seen = torch.stack([t.to(device), losses.double()], dim=1)
-            state.losses.update(*parallel.all_rows(seen).cpu().unbind(1))
+            of_all = parallel.all_rows(seen, config.batch_size)
+            state.losses.update(*of_all.cpu().unbind(1))
 
         state.loss_scale.scaler.unscale_(state.optimizer)
         lr = learning_rate(step, config)
@@ -168,7 +188,7 @@ def train(
         state.step += 1
         yield StepRecord(
             step=state.step,
-            loss=torch.stack([mean for _, mean in found]).mean(),
+            loss=loss_of_rows,
             grad_norm=torch.stack(norms).norm(),
             quartile_losses=_by_quartile(losses, t / diffusion.timesteps),
             lr=lr,
@@ -176,30 +196,15 @@ def train(
         )
 
 
-def _rows(batch: Batch, t: Tensor, num_classes: int, seed: int, device: torch.device) -> Rows:
-    _b, H, W, C = batch.pixels.shape
-    eps = draw_noise(seed, batch.step, batch.rows, (C, H, W))
-    x_0 = to_unit(batch.pixels.to(device, non_blocking=True))
-    label = None
-    if num_classes:
-        null = batch.drop_label | (batch.labels == NO_LABEL)
-        label = batch.labels.masked_fill(null, num_classes).to(device, non_blocking=True)
-    return Rows(x_0, eps.to(device, non_blocking=True), t, label)
+def _on_device(given: StepInputs, t: Tensor, device: torch.device) -> Rows:
+    x_0 = to_unit(given.pixels.to(device, non_blocking=True))
+    label = None if given.label is None else given.label.to(device, non_blocking=True)
+    return Rows(x_0, given.eps.to(device, non_blocking=True), t, label)
 
 
 def _by_quartile(losses: Tensor, share: Tensor) -> Tensor:
     """(4, 2) sums and numbers of the losses (b,), by the share t/T (b,) of their timesteps."""
     quartile = (QUARTILES * share).long().clamp(max=QUARTILES - 1)
-    member = nn.functional.one_hot(quartile, QUARTILES).to(losses.device, losses.dtype)  # (b, 4)
+    member = nn.functional.one_hot(quartile, QUARTILES)  # (b, 4)
+    member = member.to(losses.device, losses.dtype, non_blocking=True)
     return torch.stack([losses @ member, member.sum(0)], dim=1)
-
-
-def _dropout_keys(seed: int, step: int, rows: range) -> Tensor:
-    """What the dropout masks of rows of global batch `step` follow from: (b,) int64."""
-    keys = np.array([key(seed, "dropout", step, row) for row in rows], np.uint64)
-    return torch.from_numpy(keys.view(np.int64))
-
-
-def draw_noise(seed: int, step: int, rows: range, shape: tuple[int, ...]) -> Tensor:
-    """The noise (b, *shape) of rows of global batch `step`; the same whichever rank asks for it."""
-    return normal([key(seed, "noise", step, row) for row in rows], shape)

@@ -38,12 +38,11 @@ class Rows:
     """(b,) int64"""
 
     def parts(self, num_parts: int) -> "list[Rows]":
-        """So many of equal size."""
-        assert len(self.t) % num_parts == 0
+        """So many, which differ by at most one row."""
         if num_parts == 1:
             return [self]
-        labels = [None] * num_parts if self.label is None else self.label.chunk(num_parts)
-        of_all = (tensor.chunk(num_parts) for tensor in (self.x_0, self.eps, self.t))
+        labels = [None] * num_parts if self.label is None else self.label.tensor_split(num_parts)
+        of_all = (tensor.tensor_split(num_parts) for tensor in (self.x_0, self.eps, self.t))
         return [Rows(*part) for part in zip(*of_all, labels, strict=True)]
 
 

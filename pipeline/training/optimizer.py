@@ -33,7 +33,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     """The rate of optimizer step `step` (from 0), after a linear warm-up.
 
     constant
-    cosine        half a period, from the end of the warm-up to 0 at the last step
+    cosine        half a period, from the end of the warm-up to 0 after the last step
     inverse_sqrt  constant up to step r = lr_reference_steps, then lr √(r/step) (Karras et al.
                   2024)
     """

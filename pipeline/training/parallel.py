@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.data.order import share
 from pipeline.networks.backbone import Block
 
 
@@ -26,6 +27,16 @@ def wrap(network: nn.Module, device: torch.device) -> nn.Module:
         return network
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(network, device_ids=device_ids)
+
+
+def changes_its_layout(forward: nn.Module) -> bool:
+    """Whether gradients are added up in another order after the first backward pass.
+
+    DDP arranges them anew then, in the order in which they came. What three ranks or more add up
+    depends on the place of a number by rounding, so a run that was resumed would differ from one
+    that was not, unless both arrange before their first step.
+    """
+    return isinstance(forward, DistributedDataParallel)
 
 
 def reducing(forward: nn.Module, reduce: bool) -> contextlib.AbstractContextManager[None]:
@@ -91,19 +102,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def all_rows(values: Tensor) -> Tensor:
+def all_rows(values: Tensor, batch_size: int) -> Tensor:
     """The rows (b, ...) of all ranks in the order of the ranks: (B, ...); waits for all of them."""
     _, world_size = rank_and_world_size()
     if world_size == 1:
         return values
-    parts = [torch.empty_like(values) for _ in range(world_size)]
-    distributed.all_gather(parts, values)
-    return torch.cat(parts)
-
-
-def from_rank_zero(value: int, device: torch.device) -> int:
-    """Rank 0's value on every rank; waits for all of them."""
-    tensor = torch.tensor(value, dtype=torch.int64, device=device)
-    if rank_and_world_size()[1] > 1:
-        distributed.broadcast(tensor, src=0)
-    return int(tensor)
+    sizes = [len(share(rank, world_size, batch_size)) for rank in range(world_size)]
+    # all must send equally much
+    mine = values.new_zeros(max(sizes), *values.shape[1:])
+    mine[: len(values)] = values
+    parts = [torch.empty_like(mine) for _ in sizes]
+    distributed.all_gather(parts, mine)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

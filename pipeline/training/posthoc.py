@@ -16,7 +16,7 @@ float16: half the bytes, for an error of 2^-11 of each value at most, times Σ |
 about 1.5 between the tracked widths, 2 beyond the widest, and 10 at 0.03.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -83,16 +83,30 @@ def save_snapshots(folder: str, step: int, averages: Mapping[float, Mapping[str,
 def find_snapshots(folder: str) -> list[Snapshot]:
     """The complete snapshots that `save_snapshots` wrote below `folder`, oldest first."""
     found = []
-    for name in storage.list_names(storage.join(folder, FOLDER)):
-        uri = storage.join(folder, FOLDER, name)
-        try:
-            description = storage.read_json(storage.join(uri, DESCRIPTION))
-        except (FileNotFoundError, ValueError):
-            continue  # torn: the writer died before snapshot.json
+    for path, description in _descriptions(folder):
         for entry in description["averages"]:
             profile = Profile(entry["sigma_rel"], description["step"])
-            found.append(Snapshot(profile, partial(_read, uri, entry)))
+            found.append(Snapshot(profile, partial(_read, storage.join(folder, path), entry)))
     return found
+
+
+def snapshot_files(folder: str) -> list[str]:
+    """The files of these snapshots, as paths below `folder`."""
+    found = []
+    for path, description in _descriptions(folder):
+        averages = [entry["file"] for entry in description["averages"]]
+        found += [f"{path}/{file}" for file in [*averages, DESCRIPTION]]
+    return found
+
+
+def _descriptions(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each complete snapshot lies below `folder`, and its snapshot.json."""
+    for name in storage.list_names(storage.join(folder, FOLDER)):
+        path = f"{FOLDER}/{name}"
+        try:
+            yield path, storage.read_json(storage.join(folder, path, DESCRIPTION))
+        except (FileNotFoundError, ValueError):
+            continue  # torn: the writer died before snapshot.json
 
 
 def reconstruct(

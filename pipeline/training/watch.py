@@ -10,6 +10,7 @@ import time
 import psutil
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.training import parallel
@@ -36,6 +37,7 @@ class Watch:
         self.may_overflow = may_overflow
         self._records: list[StepRecord] = []
         self._since = time.monotonic()
+        psutil.cpu_percent()  # it tells what was since the last call, of this thread
 
     def add(self, record: StepRecord) -> None:
         self._records.append(record)
@@ -61,7 +63,6 @@ class Watch:
         rate = n * self.batch_size / seconds
         figures = {
             "loss": float(losses.mean()),
-            "grad_norm": float(norms[norms.isfinite()].mean()),
             "lr": last.lr,
             "images_per_second": rate,
             "images_per_second_per_worker": rate / world_size,
@@ -69,6 +70,8 @@ class Watch:
             "utilisation": self.flops_per_image * rate / world_size / self.peak,
             **machine_figures(last.loss.device),
         }
+        if norms.isfinite().any():  # in float16 all may have overflowed
+            figures["grad_norm"] = float(norms[norms.isfinite()].mean())
         sums, numbers = by_quartile.unbind(1)
         for i in numbers.nonzero().flatten().tolist():
             figures[f"loss_quartile_{i + 1}"] = float(sums[i] / numbers[i])
@@ -102,7 +105,9 @@ def training_flops(network: nn.Module, image_shape: tuple[int, int, int], num_cl
     image = torch.zeros(1, *image_shape, device=device)
     label = torch.zeros(1, dtype=torch.int64, device=device) if num_classes else None
     was_training = network.training
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # the counter knows no kernel of attention on the CPU, but the products that it is made of
+    plain_attention = sdpa_kernel(SDPBackend.MATH)
+    with torch.no_grad(), plain_attention, FlopCounterMode(display=False) as counter:
         network.eval()(image, torch.zeros(1, device=device), label)
     network.train(was_training)
     return (1 + BACKWARD) * int(counter.get_total_flops())

@@ -145,7 +145,7 @@ def ours(what: str, folder: str, ahead: int) -> peers.Epoch:
         nonlocal step
         start, step = step, step + num_batches
         steps = range(start, step)
-        for batch in prefetch(batches, start, step) if ahead else map(batches.at, steps):
+        for batch in prefetch(batches.at, start, step) if ahead else map(batches.at, steps):
             yield batch.pixels, batch.labels
 
     return epoch

@@ -1,6 +1,7 @@
 """How fast images become a ShardSet: files of 256 and 512 pixels, JPEG and PNG, to 64x64.
 
     python -m tests.benchmarks.preprocess [--quick]
+    python -m tests.benchmarks.preprocess --floor [--quick]
     python -m tests.benchmarks.preprocess --scale [--quick]
     python -m tests.benchmarks.preprocess --decoders [--quick]
 
@@ -18,6 +19,10 @@ decoding, resizing, Parquet, manifest), against
 
 Ray and its workers are started before any clock; then all arms run in alternation, and medians
 count. The images are made here, of smooth noise in several octaves with sharp edges.
+
+--floor leaves Ray Data out and adds what lies between: our task itself, as many at the same time,
+without Ray and without the listing, which beside decoding hashes what it reads, writes Parquet,
+hashes that and waits for the disk.
 
 --scale shows instead that time grows linearly and memory does not: 1, 4 and 16 times as many 64x64
 images. --decoders compares ways to decode and resize: images/s in one process, and how far the
@@ -55,8 +60,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline import storage
-from pipeline.config import load_config
+from pipeline.config import RunConfig, load_config
 from pipeline.data.images import decode
+from pipeline.data.input_shards import InputShard, cut
+from pipeline.data.preprocess import preprocess_shard
+from pipeline.data.sources import DataConfig, Source, scan
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
 TARGET, WORKERS = 64, 2
@@ -74,6 +82,7 @@ BICUBIC = Image.Resampling.BICUBIC
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few images, one repeat")
+    parser.add_argument("--floor", action="store_true", help="ours and its parts, without Ray Data")
     parser.add_argument("--scale", action="store_true", help="time and memory over the images")
     parser.add_argument("--decoders", action="store_true", help="ways to decode and resize")
     options = parser.parse_args()
@@ -87,8 +96,10 @@ def main() -> None:
         results = compare_decoders(options.quick)
     else:
         with tempfile.TemporaryDirectory() as folder, started_ray():
-            measure = measure_scale if options.scale else compare_pipelines
-            results = measure(Path(folder), options.quick)
+            if options.scale:
+                results = measure_scale(Path(folder), options.quick)
+            else:
+                results = compare_pipelines(Path(folder), options.quick, not options.floor)
     print(f"load at the end {os.getloadavg()[0]:.2f}")
     print(json.dumps(results))
 
@@ -179,13 +190,7 @@ def started_ray() -> Iterator[None]:
             ray.shutdown()
 
 
-def preprocess(source: str, folder: Path, count: int) -> float:
-    """The seconds that the stage takes, from listing the source to the manifest."""
-    from tasks import workflow
-    from tasks.console import Board
-    from tasks.preprocess import look_on_cluster
-
-    uri = f"{folder}/{time.monotonic_ns()}"
+def config_of(source: str, uri: str) -> RunConfig:
     values = {
         "storage": uri,
         "data.source": source,
@@ -193,7 +198,17 @@ def preprocess(source: str, folder: Path, count: int) -> float:
         "data.channels": 3,
         "network.attention_at": "[]",
     }
-    config = load_config(str(CONFIG), [f"{key}={value}" for key, value in values.items()])
+    return load_config(str(CONFIG), [f"{key}={value}" for key, value in values.items()])
+
+
+def preprocess(source: str, folder: Path, count: int) -> float:
+    """The seconds that the stage takes, from listing the source to the manifest."""
+    from tasks import workflow
+    from tasks.console import Board
+    from tasks.preprocess import look_on_cluster
+
+    uri = f"{folder}/{time.monotonic_ns()}"
+    config = config_of(source, uri)
     with contextlib.redirect_stdout(io.StringIO()):
         begin = time.perf_counter()
         plan = workflow.plan(
@@ -253,30 +268,60 @@ def floor(source: str) -> float:
 
 
 def floor_at_once(source: str) -> float:
-    """Of as many processes as workers, a part of the files each, all at the same time."""
+    """Of as many processes as workers, a part of the files each."""
     paths = sorted(Path(source).rglob("*.*"))
+    return at_once(decode_all, [(paths[i::WORKERS],) for i in range(WORKERS)])
+
+
+def shards_to_parts(
+    shards: list[InputShard], source: Source, config: DataConfig, folder: str, ready: Barrier
+) -> float:
+    """The seconds that our task takes for some input shards."""
+    ready.wait()
+    begin = time.perf_counter()
+    for shard in shards:
+        preprocess_shard(shard, config, source.class_names, folder)
+    return time.perf_counter() - begin
+
+
+def tasks_at_once(source: str, folder: Path) -> float:
+    """Of our task in as many processes as workers; the scan is not counted."""
+    out = f"{folder}/{time.monotonic_ns()}"
+    config = config_of(source, out).data
+    scanned = scan(config)
+    shards = cut(scanned, config.images_per_shard)
+    work = [(shards[i::WORKERS], scanned, config, out) for i in range(WORKERS)]
+    return at_once(shards_to_parts, work)
+
+
+def at_once(loop: Callable[..., float], arguments: list[tuple[Any, ...]]) -> float:
+    """The seconds of the slowest of processes that start at the same time."""
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        ready = manager.Barrier(WORKERS)
-        with context.Pool(WORKERS) as pool:
-            work = [(paths[i::WORKERS], ready) for i in range(WORKERS)]
-            return max(pool.starmap(decode_all, work))
+    with context.Manager() as manager, context.Pool(len(arguments)) as pool:
+        ready = manager.Barrier(len(arguments))
+        return max(pool.starmap(loop, [(*of, ready) for of in arguments]))
 
 
 # --- comparisons --------------------------------------------------------------------------------
 
 
-def compare_pipelines(folder: Path, quick: bool) -> list[dict[str, Any]]:
+def compare_pipelines(folder: Path, quick: bool, with_ray_data: bool) -> list[dict[str, Any]]:
     arms: dict[tuple[str, int], dict[str, Callable[[], float]]] = {}
     for (format, size), images in IMAGES.items():
         count = images // 40 if quick else images
         files = pictures(format, size, 8 if quick else NUM_PICTURES)
         source = write_folder(folder / f"{format}{size}", files, format.lower(), count)
         work = (source, folder, count)
-        arms[format, size] = {
-            "ours": lambda work=work: preprocess(*work),
+        peers: dict[str, Callable[[], float]] = {
             "Ray Data, map_batches resizes": lambda work=work: ray_data(*work, False),
             "Ray Data, read_images resizes": lambda work=work: ray_data(*work, True),
+        }
+        inside: dict[str, Callable[[], float]] = {
+            f"our task, {WORKERS} at once": lambda source=source: tasks_at_once(source, folder),
+        }
+        arms[format, size] = {
+            "ours": lambda work=work: preprocess(*work),
+            **(peers if with_ray_data else inside),
             f"decoder, {WORKERS} at once": lambda source=source: floor_at_once(source),
             f"decoder x {WORKERS}": lambda source=source: floor(source),
         }
@@ -287,8 +332,8 @@ def compare_pipelines(folder: Path, quick: bool) -> list[dict[str, Any]]:
         arm()  # the workers start, and import what each arm needs
     for turn in range(1 if quick else REPEATS):
         for kind, of in arms.items():
-            peers = [name for name in of if name.startswith("Ray Data")]
-            slower = max(peers, key=lambda name: seconds[kind][name][:1])
+            forms = [name for name in of if name.startswith("Ray Data")]
+            slower = max(forms, key=lambda name: seconds[kind][name][:1], default="")
             for name, arm in of.items():
                 if turn == 0 or name != slower:
                     seconds[kind][name].append(arm())
@@ -309,12 +354,12 @@ def compare_pipelines(folder: Path, quick: bool) -> list[dict[str, Any]]:
         print(f"{name:<34}" + "".join(f"{cell:<26}" for cell in cells))
     for (format, size), of in rates.items():
         medians = {name: statistics.median(values) for name, values in of.items()}
-        ours, *peers, at_once, decoder = medians
-        peer = max(peers, key=lambda name: medians[name])
+        ours, *others, two_loops, decoder = medians
+        other = max(others, key=lambda name: medians[name])
         for name, goal in (
-            (peer, GOAL_RAY_DATA),
+            (other, GOAL_RAY_DATA if with_ray_data else GOAL_FLOOR),
             (decoder, GOAL_FLOOR),
-            (at_once, GOAL_FLOOR),
+            (two_loops, GOAL_FLOOR),
         ):
             what = f"preprocess {size}-pixel {format} to {TARGET}x{TARGET}"
             results.append(result(what, medians[ours], medians[name], name, goal))

@@ -48,10 +48,11 @@ import torch
 from pipeline import storage
 from pipeline.config import RunConfig as PipelineConfig
 from pipeline.config import load_config
-from pipeline.data.batches import Batches, FullShuffle, prefetch
+from pipeline.data.batches import Batches, FullShuffle
 from pipeline.data.cache import memory_mapped
 from pipeline.diffusion.schedules import make_schedule
 from pipeline.training import checkpoint
+from pipeline.training.inputs import step_inputs
 from pipeline.training.loop import make_state, train
 from tests.benchmarks.preprocess import result, started_ray
 
@@ -102,18 +103,19 @@ def bare_loop(config: PipelineConfig, shard_set: str) -> list[float]:
     shuffle = FullShuffle(images, labels, config.seed, training.batch_size)
     batches = Batches(shuffle, 0, 1, training.label_dropout, training.augmentation)
     seconds = []
-    with contextlib.closing(prefetch(batches, 0, training.steps)) as coming:
+    device = torch.device("cpu")
+    inputs = step_inputs(batches, spec.num_classes, 0, training.steps, device)
+    with contextlib.closing(inputs):
         since = time.monotonic()
         for record in train(
             make_state(network, training, config.diffusion.timesteps),
             network,
-            coming,
+            inputs,
             config.diffusion,
             make_schedule(config.diffusion),
             training,
-            spec.num_classes,
             config.seed,
-            torch.device("cpu"),
+            device,
         ):
             if record.step % training.log_every == 0:
                 float(record.loss)

@@ -54,8 +54,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.data.batches import Batches, FullShuffle
 from pipeline.diffusion.schedules import DiffusionConfig, make_schedule
-from pipeline.networks.unet import UNet, UNetConfig
+from pipeline.networks.unet import DoublingConv2d, UNet, UNetConfig
 from pipeline.training.config import TrainingConfig
+from pipeline.training.inputs import draw_inputs
 from pipeline.training.loop import make_state, train
 
 CPU = torch.device("cpu")
@@ -154,14 +155,15 @@ def ours(size: Size, precision: Any) -> Step:
     shape = (NUM_IMAGES, size.image_size, size.image_size, size.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     batches = Batches(FullShuffle(images, np.zeros(NUM_IMAGES, np.int64), 0, size.batch))
+    # not ahead, which would take another core
+    inputs = (draw_inputs(batches.at(step), 0, 0) for step in itertools.count())
     steps = train(
         make_state(network, config, diffusion.timesteps),
         network,
-        map(batches.at, itertools.count()),
+        inputs,
         diffusion,
         make_schedule(diffusion),
         config,
-        num_classes=0,
         seed=0,
         device=CPU,
     )
@@ -294,7 +296,8 @@ def convolutions(size: Size) -> dict[Shape, int]:
     found: dict[Shape, int] = {}
 
     def count(layer: nn.Conv2d, inputs: tuple[Tensor], _: Tensor) -> None:
-        shape = Shape(layer.in_channels, layer.out_channels, inputs[0].shape[3], layer.stride[0])
+        side = inputs[0].shape[3] * (2 if isinstance(layer, DoublingConv2d) else 1)
+        shape = Shape(layer.in_channels, layer.out_channels, side, layer.stride[0])
         found[shape] = found.get(shape, 0) + 1
 
     network = make_network(size)
