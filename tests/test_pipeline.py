@@ -432,7 +432,8 @@ def test_training_goes_on_while_mlflow_is_away_and_nothing_is_lost(
         port = probe.getsockname()[1]
     uri = f"http://127.0.0.1:{port}"
     quickly = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-    steps = ["training.steps=200", f"tracking.uri={uri}"]
+    # all checkpoints stay, so that none is gone before its preview is made
+    steps = ["training.steps=200", "training.keep_checkpoints=10", f"tracking.uri={uri}"]
     with mlflow_server(tmp_path, port):
         process = place.start(*tiny_command("train", *steps), **quickly)
         try:
