@@ -415,8 +415,8 @@ def test_a_checksum_of_gzip_that_does_not_fit_is_noticed(place: Place) -> None:
         ("a.tar", b"no tar" * 200, "a.tar is not a tar archive"),
         ("a.tar", PNG[0][:300], "a.tar is not a tar archive"),
         ("a.tar.gz", b"no gzip", "a.tar.gz is truncated or damaged .Not a gzipped file"),
-        ("a.tar.gz", gzip.compress(b"no tar" * 200), "a.tar.gz is not a tar archive"),
-        ("a.tar.gz", gzip.compress(bytes(1024))[:12], "a.tar.gz is truncated or damaged"),
+        ("a.tar.gz", gzip.compress(b"no tar" * 200, mtime=0), "a.tar.gz is not a tar archive"),
+        ("a.tar.gz", gzip.compress(bytes(1024), mtime=0)[:12], "a.tar.gz is truncated or damaged"),
     ],
 )
 def test_what_is_no_tar_is_refused_in_one_sentence(
@@ -871,7 +871,7 @@ def test_idx_images_come_with_the_labels_beside_them(
     names = []
     for (name, data), pack in zip(files.items(), packed, strict=True):
         names.append("set/" + name.replace("-idx", f"{dash}idx") + ".gz" * pack)
-        put(place, names[-1], gzip.compress(data) if pack else data)
+        put(place, names[-1], gzip.compress(data, mtime=0) if pack else data)
     check(idx, place, names[0], GREY_IMAGES)
     assert list(labels(idx, place, names[0]).values()) == CLASSES.tolist()
     assert idx.is_images(names[0]) and not idx.is_images(names[1])
@@ -934,8 +934,8 @@ def test_a_damaged_idx_file_is_refused_in_one_sentence(
 def test_a_damaged_gz_is_named(place: Place, damage: Callable[[bytes], bytes], name: str) -> None:
     files = {f"{IMAGES}.gz": idx_bytes(GREY), f"{LABELS}.gz": idx_bytes(CLASSES) + RNG.bytes(200)}
     for other, data in files.items():
-        put(place, other, gzip.compress(data))
-    put(place, name, damage(gzip.compress(files[name])))
+        put(place, other, gzip.compress(data, mtime=0))
+    put(place, name, damage(gzip.compress(files[name], mtime=0)))
     with pytest.raises(DataError, match=f"{name} is truncated or damaged"):
         list(idx.index(place, f"{IMAGES}.gz"))
 
@@ -1144,7 +1144,7 @@ SOUND: dict[str, tuple[ModuleType, bytes, dict[str, bytes]]] = {
     "a.parquet": (parquet, table(hugging_face(PNG, [0, 1, 2, 0, 1, 2, 0]), row_group_size=3), {}),
     "part.parquet": (parquet, bytes(encode_part(COLOUR, [0] * 7, list("abcdefg"), ["x"])), {}),
     f"{IMAGES}": (idx, idx_bytes(GREY), {LABELS: idx_bytes(CLASSES)}),
-    f"{IMAGES}.gz": (idx, gzip.compress(idx_bytes(GREY)), {LABELS: idx_bytes(CLASSES)}),
+    f"{IMAGES}.gz": (idx, gzip.compress(idx_bytes(GREY), mtime=0), {LABELS: idx_bytes(CLASSES)}),
     "a.bin": (cifar, cifar_bytes([1] * 5), {"batches.meta.txt": "\n".join(TEN).encode()}),
     "a.npy": (arrays, npy(GREY), {}),
     "a.npz": (arrays, npz(np.savez_compressed, x=GREY, y=CLASSES), {}),
@@ -1173,11 +1173,11 @@ LARGE_FILES = {f"{i}.png": image.tobytes() for i, image in enumerate(LARGE)}
     ("name", "module", "make"),
     [
         ("a.tar", tar_files, lambda: tar(LARGE_FILES)),
-        ("a.tar.gz", tar_files, lambda: gzip.compress(tar(LARGE_FILES), 1)),
+        ("a.tar.gz", tar_files, lambda: gzip.compress(tar(LARGE_FILES), 1, mtime=0)),
         ("a.zip", zip_files, lambda: zipped(LARGE_FILES, zipfile.ZIP_STORED)),
         ("a.npy", arrays, lambda: npy(LARGE)),
         ("a.npz", arrays, lambda: npz(x=LARGE)),
-        (f"{IMAGES}.gz", idx, lambda: gzip.compress(idx_bytes(LARGE), 1)),
+        (f"{IMAGES}.gz", idx, lambda: gzip.compress(idx_bytes(LARGE), 1, mtime=0)),
         (
             "a.parquet",
             parquet,

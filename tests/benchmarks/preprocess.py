@@ -1,7 +1,7 @@
 """How fast images become a ShardSet: files of 256 and 512 pixels, JPEG and PNG, to 64x64.
 
-    python -m tests.benchmarks.preprocess [--quick]
-    python -m tests.benchmarks.preprocess --floor [--quick]
+    python -m tests.benchmarks.preprocess [--rounds 3] [--quick]
+    python -m tests.benchmarks.preprocess --floor [--rounds 3] [--quick]
     python -m tests.benchmarks.preprocess --scale [--quick]
     python -m tests.benchmarks.preprocess --decoders [--quick]
 
@@ -71,7 +71,7 @@ TARGET, WORKERS = 64, 2
 IMAGES = {("JPEG", 256): 32_000, ("JPEG", 512): 24_000, ("PNG", 256): 10_000, ("PNG", 512): 6_000}
 """So many that our arm takes 10 seconds or more, its last tasks a small part of them; --quick takes
 a fortieth."""
-REPEATS = 3
+DECODER_ROUNDS = 3
 SCALES = (12_500, 50_000, 200_000)
 NUM_PICTURES = 64
 """Different ones a kind; the files differ by a few bytes behind the image, so none is a double."""
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--floor", action="store_true", help="ours and its parts, without Ray Data")
     parser.add_argument("--scale", action="store_true", help="time and memory over the images")
     parser.add_argument("--decoders", action="store_true", help="ways to decode and resize")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each arm")
     options = parser.parse_args()
     packages = ["pillow", "pyarrow", "numpy", "ray", "simplejpeg", "opencv-python-headless"]
     print(
@@ -99,7 +100,10 @@ def main() -> None:
             if options.scale:
                 results = measure_scale(Path(folder), options.quick)
             else:
-                results = compare_pipelines(Path(folder), options.quick, not options.floor)
+                rounds = 1 if options.quick else options.rounds
+                results = compare_pipelines(
+                    Path(folder), options.quick, rounds, with_ray_data=not options.floor
+                )
     print(f"load at the end {os.getloadavg()[0]:.2f}")
     print(json.dumps(results))
 
@@ -305,14 +309,16 @@ def at_once(loop: Callable[..., float], arguments: list[tuple[Any, ...]]) -> flo
 # --- comparisons --------------------------------------------------------------------------------
 
 
-def compare_pipelines(folder: Path, quick: bool, with_ray_data: bool) -> list[dict[str, Any]]:
+def compare_pipelines(
+    folder: Path, quick: bool, rounds: int, with_ray_data: bool
+) -> list[dict[str, Any]]:
     arms: dict[tuple[str, int], dict[str, Callable[[], float]]] = {}
     for (format, size), images in IMAGES.items():
         count = images // 40 if quick else images
         files = pictures(format, size, 8 if quick else NUM_PICTURES)
         source = write_folder(folder / f"{format}{size}", files, format.lower(), count)
         work = (source, folder, count)
-        peers: dict[str, Callable[[], float]] = {
+        others: dict[str, Callable[[], float]] = {
             "Ray Data, map_batches resizes": lambda work=work: ray_data(*work, False),
             "Ray Data, read_images resizes": lambda work=work: ray_data(*work, True),
         }
@@ -321,7 +327,7 @@ def compare_pipelines(folder: Path, quick: bool, with_ray_data: bool) -> list[di
         }
         arms[format, size] = {
             "ours": lambda work=work: preprocess(*work),
-            **(peers if with_ray_data else inside),
+            **(others if with_ray_data else inside),
             f"decoder, {WORKERS} at once": lambda source=source: floor_at_once(source),
             f"decoder x {WORKERS}": lambda source=source: floor(source),
         }
@@ -330,7 +336,7 @@ def compare_pipelines(folder: Path, quick: bool, with_ray_data: bool) -> list[di
     }
     for arm in arms["JPEG", 256].values():
         arm()  # the workers start, and import what each arm needs
-    for turn in range(1 if quick else REPEATS):
+    for turn in range(rounds):
         for kind, of in arms.items():
             forms = [name for name in of if name.startswith("Ray Data")]
             slower = max(forms, key=lambda name: seconds[kind][name][:1], default="")
@@ -469,7 +475,7 @@ def compare_decoders(quick: bool) -> list[dict[str, Any]]:
             if format == "JPEG" or not ("draft" in name or "simplejpeg" in name)
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(2 if quick else REPEATS):
+        for _ in range(2 if quick else DECODER_ROUNDS):
             for name, way in ways.items():
                 begin = time.process_time()  # one thread each: other work does not count
                 for raw in files:
