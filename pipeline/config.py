@@ -31,16 +31,18 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     address: str | None = None
     """Of a Ray cluster; by default RAY_ADDRESS, or a local Ray on this machine's cores."""
     workers: int | list[int] = 2
-    """Data-parallel training workers; or [least, most], as many as the cluster has room for."""
+    """Data-parallel training workers; or [least, most], as many as the nodes have room for when
+    they are empty."""
     cpus_per_worker: int = Field(default=1, ge=1)
     gpus_per_worker: Literal[0, 1] = 0
     max_failures: int = Field(default=10, ge=0)
     """How often training is restarted from its last checkpoint after a worker was lost."""
-    resize_seconds: float = Field(default=60, gt=0, allow_inf_nan=False)
-    """Of workers=[least, most]: how often it is seen whether there is room for more of them. A
-    change of their number costs a restart from the last checkpoint."""
-    peer_timeout: float = Field(default=300, gt=0, allow_inf_nan=False)
-    """Seconds for which a worker waits for another that has stopped, but is still there."""
+    resize_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """Of workers=[least, most]: how often it is seen whether there is room for more of them, at
+    most every 20 s. A change of their number costs a restart from the last checkpoint."""
+    peer_timeout: float = Field(default=300.0, gt=0, allow_inf_nan=False)
+    """Seconds for which a worker waits, in a step, for another that has stopped but is still there;
+    at a checkpoint Ray notices it, after ten minutes."""
     cache: str | None = Field(default=None, pattern="^/")
     """An absolute path: the folder where each node keeps the training images as they are mapped
     into memory; by default ray-ddpm-cache-UID among the temporary files."""

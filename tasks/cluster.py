@@ -39,7 +39,8 @@ def connect(
     if num_gpus is None:
         num_gpus = config.min_workers * config.gpus_per_worker
     # libgomp's threads spin at barriers: with more of them than cores a step takes 20 times as long
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+    # and Ray Train's barriers would wait for ever
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "3600"}
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     import ray

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.data.images import grid
 from pipeline.data.shards import read_split
+from pipeline.errors import StorageError
 from pipeline.evaluation.metrics import holdout_loss
 from pipeline.registry.models import load_model
 from pipeline.samplers.plan import SamplingConfig
@@ -85,12 +86,14 @@ class Previews:
             self._running = None
             try:
                 made = Made(step, *ray.get(result))
+                self._made.append(made)
                 if math.isfinite(made.loss):
                     checkpoint.note_loss(self.ctx.folder, step, made.loss)
-                self._made.append(made)
             except ray.exceptions.RayError as error:
                 # such as a checkpoint pruned before it was read: training goes on, a preview less
                 logging.getLogger(__name__).warning("no preview of step %d: %s", step, error)
+            except StorageError as error:
+                logging.getLogger(__name__).warning("step %d is not compared: %s", step, error)
 
     def log(self) -> None:
         """Log those that are made.

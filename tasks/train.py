@@ -170,13 +170,14 @@ def run(ctx: StageContext) -> Outcome:
 def _fit(job: Job) -> None:
     """Train on Ray Train. It restarts lost workers; should its own controller be lost, we do."""
     cluster = job.config.cluster
+    workers = num_workers(cluster)
     for remaining in reversed(range(cluster.max_failures + 1)):
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"job": job},
             torch_config=TorchConfig(timeout_s=cluster.peer_timeout),
             scaling_config=ScalingConfig(
-                num_workers=num_workers(cluster),
+                num_workers=workers,
                 use_gpu=cluster.gpus_per_worker > 0,
                 resources_per_worker={
                     "CPU": cluster.cpus_per_worker,
@@ -195,13 +196,16 @@ def _fit(job: Job) -> None:
         try:
             trainer.fit()
             return
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.ActorDiedError:
             if not remaining:
                 raise
             _give_back_workers()
         except ray.train.ControllerError as error:
             if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
                 raise
+            if isinstance(workers, tuple):  # Ray counts whole nodes, whatever else runs there
+                workers = workers[0]
+                continue
             raise ClusterError(
                 f"training could not be started: it {worker_needs(cluster)}, and other work holds "
                 "what Ray has: wait for it, or ask for less; the same command goes on"
@@ -209,7 +213,10 @@ def _fit(job: Job) -> None:
 
 
 def _give_back_workers() -> None:
-    """Free what a lost controller held for its workers; Ray does so only when the job is over."""
+    """Free what a lost controller held for its workers.
+
+    A helper of Ray's does so where there is a dashboard, which a local Ray has not.
+    """
     job = ray.get_runtime_context().get_job_id()
     for name, group in placement_group_table().items():
         if name.endswith(job) and group["state"] != "REMOVED":

@@ -48,9 +48,13 @@ def test_kills_at_random_change_nothing(
     stopped: list[psutil.Process] = []
     process = place.start(*tiny_command("train", *SETTINGS))
     try:
-        while process.poll() is None:
+        while process.poll() != 0:
             time.sleep(rng.uniform(3, 20) if remaining else 1)
-            if remaining and (what := disturb(process.pid, rng, stopped)):
+            if (
+                remaining
+                and process.poll() is None
+                and (what := disturb(process.pid, rng, stopped))
+            ):
                 remaining -= 1
                 done.append(what)
             if process.poll() not in (None, 0):  # the command was killed, or Ray under it

@@ -425,6 +425,8 @@ def test_the_best_checkpoint_stays_beside_the_last(tmp_path: Path) -> None:
             checkpoint.note_loss(folder, step, loss)
     assert [info.step for info in checkpoint.complete_checkpoints(folder)] == [2, 4, 5]
     assert checkpoint.read_best(folder) == (2, 0.2)
+    storage.remove(f"{folder}/step-000000002")
+    assert checkpoint.read_best(folder) is None
 
 
 def test_a_checkpoint_holds_no_pickle(tmp_path: Path) -> None:
@@ -522,6 +524,10 @@ def test_a_weighted_loss_is_the_weight_times_the_error() -> None:
         ({"p2_k": 2.0, "loss_weight": "snr"}, "p2_k=2.0 has no meaning for loss_weight=snr"),
         ({"log_normal_mean": 0.0}, "has no meaning for timestep_sampler=uniform: drop it, or use"),
         ({"shuffle_window": 64}, "shuffle_window=64 has no meaning for shuffle=full"),
+        (
+            {"compile": "reduce-overhead", "accumulate": 2},
+            "compile=reduce-overhead with accumulate=2 would overwrite the gradients",
+        ),
         (
             {"shuffle": "windowed", "shuffle_window": 7},
             "shuffle_window=7 must be at least batch_size=8",

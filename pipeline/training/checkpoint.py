@@ -285,11 +285,13 @@ class Best(NamedTuple):
 
 
 def read_best(folder: str) -> Best | None:
-    """The best checkpoint below `folder` so far; None if none was tried."""
+    """The best checkpoint below `folder` that is there; None if none was tried."""
     try:
-        return Best(**storage.read_json(storage.join(folder, BEST)))
+        best = Best(**storage.read_json(storage.join(folder, BEST)))
+        read(folder, best.step)  # it may have been deleted before its loss was known
     except (FileNotFoundError, ValueError):
         return None
+    return best
 
 
 def note_loss(folder: str, step: int, holdout_loss: float) -> None:

@@ -115,6 +115,16 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         return self
 
     @model_validator(mode="after")
+    def _graphs_keep_no_gradients(self) -> "TrainingConfig":
+        if self.compile in ("reduce-overhead", "max-autotune") and self.accumulate > 1:
+            raise ValueError(
+                f"compile={self.compile} with accumulate={self.accumulate} would overwrite the "
+                "gradients of a part with those of the next, in the memory of its CUDA graphs: use "
+                "compile=default"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _checkpoints_fall_on_log_steps(self) -> "TrainingConfig":
         # the logged loss is the mean since the last log: a resumed run must start a new mean
         if self.checkpoint_every % self.log_every:
