@@ -30,7 +30,7 @@ lint: install    ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-soak: install    ## Kill trainings at random, for half an hour
+soak: install    ## Kill trainings at random, longer than the suite may take
 	$(BIN)/python -m pytest tests/soak.py -s
 
 PEERS  := .venv-peers

@@ -61,10 +61,13 @@ def bad_and_duplicates(
     """
     bad = [image for record in records for image in record["bad"]]
     # what the scan knew to be bad has no doubles, but an archive may hold its name twice
-    known = source.items.filter(pc.not_equal(source.items["bad"], ""))["key"].to_pylist()
-    reasons = {image["key"]: image["reason"] for image in bad}
-    for key in known:
-        reasons.pop(key, None)
+    of_scan = source.items.filter(pc.not_equal(source.items["bad"], ""))
+    known = set(zip(of_scan["key"].to_pylist(), of_scan["bad"].to_pylist(), strict=True))
+    reasons = {
+        image["key"]: image["reason"]
+        for image in bad
+        if (image["key"], image["reason"]) not in known
+    }
     for key, kept in source.duplicates:
         if kept in reasons:
             bad.append({"key": key, "reason": reasons[kept]})
