@@ -42,7 +42,6 @@ $(PEERS)/.installed:
 
 bench: install $(PEERS)/.installed  ## Run the benchmarks that need no model, into tests/benchmarks/RESULTS.md
 	$(BIN)/python -m tests.benchmarks.record preprocess
-	$(BIN)/python -m tests.benchmarks.record preprocess --floor
 	$(BIN)/python -m tests.benchmarks.record preprocess --decoders
 	$(BIN)/python -m tests.benchmarks.record preprocess --scale
 	$(BIN)/python -m tests.benchmarks.record load_batches --peers $(PEERS)/bin/python

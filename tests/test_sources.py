@@ -334,6 +334,23 @@ def test_a_link_is_read_again_when_what_it_leads_to_has_changed(tmp_path: Path) 
     assert again.fingerprint != first.fingerprint
 
 
+def test_links_to_folders_are_followed_but_not_into_themselves_and_pipes_are_left_out(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / "elsewhere", FOLDER)
+    folder = write(tmp_path / "set", {"cats/a.png": png(7)})
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    (folder / "cats" / "round").symlink_to(folder / "cats")
+    os.mkfifo(folder / "cats" / "pipe.png")
+    keys = ["cats/a.png", *(f"linked/{key}" for key in LABELS)]
+    got = contents(scan(config(folder, drop_duplicates=False)))
+    assert sorted(got) == sorted(keys)
+    assert got["linked/e.png"] == FOLDER["e.png"]
+    by_glob = scan(config(tmp_path / "s*", drop_duplicates=False))
+    assert sorted(by_glob.items["key"].to_pylist()) == sorted(f"set/{key}" for key in keys)
+
+
 def test_a_server_that_does_not_answer_has_not_said_that_there_are_no_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

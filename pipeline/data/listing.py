@@ -1,6 +1,7 @@
 """The files of a source: what a path, a glob or an fsspec URI stands for."""
 
 import contextlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ def list_files(source: str) -> tuple[Place, list[ListedFile]]:
                 f"either, or builtin:digits{login}"
             )
         elif fs.isdir(path):
-            root, found = path, fs.find(path, detail=True)
+            root, found = path, _below(fs, path)
         else:
             root, found = path.rpartition("/")[0], {path: fs.info(path)}
         for name in [name for name, info in found.items() if info.get("islink")]:
@@ -141,7 +142,30 @@ def _before_the_pattern(path: str) -> str:
 def _glob(fs: Any, path: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, info in fs.glob(path, detail=True).items():
-        found |= fs.find(name, detail=True) if info["type"] == "directory" else {name: info}
+        found |= _below(fs, name) if info["type"] == "directory" else {name: info}
+    return found
+
+
+def _below(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
+    """What the file system says of each file in a folder and the folders in it, by its path."""
+    if not isinstance(fs, LocalFileSystem):
+        found: dict[str, dict[str, Any]] = fs.find(folder, detail=True)
+        return found
+    # its `find` takes three times as long and follows no link to a folder
+    found, waiting = {}, [(folder, frozenset[tuple[int, int]]())]
+    while waiting:
+        folder, above = waiting.pop()
+        status = os.stat(folder)
+        this = (status.st_dev, status.st_ino)
+        if this in above:  # a link led back to where it lies
+            continue
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    waiting.append((entry.path, above | {this}))
+                elif entry.is_file() or entry.is_symlink():  # a pipe would be read for ever
+                    status = entry.stat(follow_symlinks=entry.is_file())  # it may lead nowhere
+                    found[entry.path] = {"size": status.st_size, "mtime": status.st_mtime}
     return found
 
 

@@ -73,14 +73,17 @@ class Piece:
     """Files of one format that are looked into together: an archive, or many image files."""
 
     place: Place
-    files: Sequence[ListedFile]
+    names: Sequence[str]
+    """With the next two in columns: a piece goes to a task, and has thousands of files."""
+    sizes: Sequence[int]
+    etags: Sequence[str]
     digest: str
     """Of where they are and how they look in a listing, with those that `index` looks at beside
     them; empty where a listing would not show that one has changed."""
 
     @property
     def format(self) -> ModuleType:
-        module = format_of(self.place, self.files[0].name)
+        module = format_of(self.place, self.names[0])
         assert module is not None  # the others are in no piece
         return module
 
@@ -111,7 +114,13 @@ def _piece(
 ) -> Piece:
     marks = [(file.name, file.size, file.mark) for file in (*files, *beside)]
     digest = storage.digest([PIECE_FORMAT, module.__name__, place.uri, marks])
-    return Piece(place, files, digest if all(mark for _, _, mark in marks) else "")
+    return Piece(
+        place,
+        [file.name for file in files],
+        [file.size for file in files],
+        [file.etag for file in files],
+        digest if all(mark for _, _, mark in marks) else "",
+    )
 
 
 def runs(keys: Sequence[str], mean: int) -> Iterator[range]:
@@ -171,21 +180,21 @@ def look(piece: Piece, keep_in: str | None = None) -> pa.Table:
     """
     module = piece.format
     rows: list[tuple[str, str, Member]] = []
-    for file in piece.files:
-        if module is loose and file.size > MAX_IMAGE_BYTES:
-            rows.append((file.name, file.name, Member("", None, "", bad=TOO_LARGE)))
+    for name, size, etag in zip(piece.names, piece.sizes, piece.etags, strict=True):
+        if module is loose and size > MAX_IMAGE_BYTES:
+            rows.append((name, name, Member("", None, "", bad=TOO_LARGE)))
             continue
-        if module is loose and file.etag:  # the store has hashed it already
-            rows.append((file.name, file.name, Member("", None, f"etag:{file.etag}")))
+        if module is loose and etag:  # the store has hashed it already
+            rows.append((name, name, Member("", None, f"etag:{etag}")))
             continue
         try:
-            for member in module.index(piece.place, file.name):
-                rows.append((_key(module, file.name, member), file.name, member))
+            for member in module.index(piece.place, name):
+                rows.append((_key(module, name, member), name, member))
         except DataError:
             raise
         except Exception as error:  # whatever the package of that scheme raises
             raise piece.place.error(
-                file.name, f"cannot be read: {error}; run the same command again"
+                name, f"cannot be read: {error}; run the same command again"
             ) from error
     labels = [_folder(name) if module is loose else member.label for _, name, member in rows]
     items = pa.table(

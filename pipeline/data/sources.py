@@ -154,12 +154,12 @@ def _items(
     if pieces[0].place.uri == BUILTIN:  # another version of its package may have other images
         index_folder = None
     tables: dict[int, pa.Table] = {}
-    num_files, done = sum(len(piece.files) for piece in pieces), 0
+    num_files, done = sum(len(piece.names) for piece in pieces), 0
 
     def found(i: int, table: pa.Table) -> None:
         nonlocal done
         tables[i] = table
-        done += len(pieces[i].files)
+        done += len(pieces[i].names)
         progress(done, num_files)
 
     progress(0, num_files)

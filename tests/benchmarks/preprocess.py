@@ -1,7 +1,6 @@
 """How fast images become a ShardSet: files of 256 and 512 pixels, JPEG and PNG, to 64x64.
 
     python -m tests.benchmarks.preprocess [--rounds 3] [--quick]
-    python -m tests.benchmarks.preprocess --floor [--rounds 3] [--quick]
     python -m tests.benchmarks.preprocess --scale [--quick]
     python -m tests.benchmarks.preprocess --decoders [--quick]
 
@@ -15,14 +14,14 @@ decoding, resizing, Parquet, manifest), against
   one turn. It neither hashes, nor sets aside a bad image, nor can it be resumed;
 - the floor: a bare loop in one process that reads each file and gives it to the decoder of
   pipeline/data/images.py, times the number of workers; and as many such loops at the same time,
-  each over its share of the files, by which one sees what the cores take from each other.
+  each over its share of the files, by which one sees what the cores take from each other;
+- what lies between the floor and us: the work that our promises ask for beside decoding, in as many
+  bare processes, without Ray. Each file is read and hashed before anything is made of it, since the
+  hashes are the name of what is made; then our task reads it again, sees by its hash that it is the
+  same, decodes, writes Parquet with checksums, hashes that and waits for the disk.
 
 Ray and its workers are started before any clock; then all arms run in alternation, and medians
 count. The images are made here, of smooth noise in several octaves with sharp edges.
-
---floor leaves Ray Data out and adds what lies between: our task itself, as many at the same time,
-without Ray and without the listing, which beside decoding hashes what it reads, writes Parquet,
-hashes that and waits for the disk.
 
 --scale shows instead that time grows linearly and memory does not: 1, 4 and 16 times as many 64x64
 images. --decoders compares ways to decode and resize: images/s in one process, and how far the
@@ -45,6 +44,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Barrier
@@ -63,6 +63,8 @@ from pipeline import storage
 from pipeline.config import RunConfig, load_config
 from pipeline.data.images import decode
 from pipeline.data.input_shards import InputShard, cut
+from pipeline.data.listing import list_files
+from pipeline.data.pieces import Piece, look, pieces_of
 from pipeline.data.preprocess import preprocess_shard
 from pipeline.data.sources import DataConfig, Source, scan
 
@@ -82,7 +84,6 @@ BICUBIC = Image.Resampling.BICUBIC
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few images, one repeat")
-    parser.add_argument("--floor", action="store_true", help="ours and its parts, without Ray Data")
     parser.add_argument("--scale", action="store_true", help="time and memory over the images")
     parser.add_argument("--decoders", action="store_true", help="ways to decode and resize")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each arm")
@@ -101,9 +102,7 @@ def main() -> None:
                 results = measure_scale(Path(folder), options.quick)
             else:
                 rounds = 1 if options.quick else options.rounds
-                results = compare_pipelines(
-                    Path(folder), options.quick, rounds, with_ray_data=not options.floor
-                )
+                results = compare_pipelines(Path(folder), options.quick, rounds)
     print(f"load at the end {os.getloadavg()[0]:.2f}")
     print(json.dumps(results))
 
@@ -200,6 +199,7 @@ def config_of(source: str, uri: str) -> RunConfig:
         "data.source": source,
         "data.image_size": TARGET,
         "data.channels": 3,
+        "data.images_per_shard": DataConfig.model_fields["images_per_shard"].default,
         "network.attention_at": "[]",
     }
     return load_config(str(CONFIG), [f"{key}={value}" for key, value in values.items()])
@@ -277,25 +277,40 @@ def floor_at_once(source: str) -> float:
     return at_once(decode_all, [(paths[i::WORKERS],) for i in range(WORKERS)])
 
 
-def shards_to_parts(
-    shards: list[InputShard], source: Source, config: DataConfig, folder: str, ready: Barrier
+def look_and_preprocess(
+    pieces: list[Piece],
+    shards: list[InputShard],
+    source: Source,
+    config: DataConfig,
+    folder: str,
+    ready: Barrier,
 ) -> float:
-    """The seconds that our task takes for some input shards."""
+    """The seconds that it takes to look into some of the files, and then our task for some shards.
+
+    Args:
+        ready: waited for before either.
+    """
+    first = replace(shards[0], items=shards[0].items.slice(0, 1))
+    look(pieces[0])  # imports what it needs, as does the next
+    preprocess_shard(first, config, source.class_names, f"{folder}/first")
     ready.wait()
     begin = time.perf_counter()
+    for piece in pieces:
+        look(piece, f"{folder}/index")
+    ready.wait()
     for shard in shards:
         preprocess_shard(shard, config, source.class_names, folder)
     return time.perf_counter() - begin
 
 
-def tasks_at_once(source: str, folder: Path) -> float:
-    """Of our task in as many processes as workers; the scan is not counted."""
+def same_work_at_once(source: str, folder: Path) -> float:
+    """Of all that the promises ask for in as many processes as workers; the listing is left out."""
     out = f"{folder}/{time.monotonic_ns()}"
     config = config_of(source, out).data
-    scanned = scan(config)
+    pieces, scanned = pieces_of(*list_files(source)), scan(config)
     shards = cut(scanned, config.images_per_shard)
-    work = [(shards[i::WORKERS], scanned, config, out) for i in range(WORKERS)]
-    return at_once(shards_to_parts, work)
+    work = [(pieces[i::WORKERS], shards[i::WORKERS], scanned, config, out) for i in range(WORKERS)]
+    return at_once(look_and_preprocess, work)
 
 
 def at_once(loop: Callable[..., float], arguments: list[tuple[Any, ...]]) -> float:
@@ -309,25 +324,18 @@ def at_once(loop: Callable[..., float], arguments: list[tuple[Any, ...]]) -> flo
 # --- comparisons --------------------------------------------------------------------------------
 
 
-def compare_pipelines(
-    folder: Path, quick: bool, rounds: int, with_ray_data: bool
-) -> list[dict[str, Any]]:
+def compare_pipelines(folder: Path, quick: bool, rounds: int) -> list[dict[str, Any]]:
     arms: dict[tuple[str, int], dict[str, Callable[[], float]]] = {}
     for (format, size), images in IMAGES.items():
         count = images // 40 if quick else images
         files = pictures(format, size, 8 if quick else NUM_PICTURES)
         source = write_folder(folder / f"{format}{size}", files, format.lower(), count)
         work = (source, folder, count)
-        others: dict[str, Callable[[], float]] = {
-            "Ray Data, map_batches resizes": lambda work=work: ray_data(*work, False),
-            "Ray Data, read_images resizes": lambda work=work: ray_data(*work, True),
-        }
-        inside: dict[str, Callable[[], float]] = {
-            f"our task, {WORKERS} at once": lambda source=source: tasks_at_once(source, folder),
-        }
         arms[format, size] = {
             "ours": lambda work=work: preprocess(*work),
-            **(others if with_ray_data else inside),
+            "Ray Data, map_batches resizes": lambda work=work: ray_data(*work, False),
+            "Ray Data, read_images resizes": lambda work=work: ray_data(*work, True),
+            f"the same work, {WORKERS} at once": lambda of=source: same_work_at_once(of, folder),
             f"decoder, {WORKERS} at once": lambda source=source: floor_at_once(source),
             f"decoder x {WORKERS}": lambda source=source: floor(source),
         }
@@ -339,7 +347,7 @@ def compare_pipelines(
     for turn in range(rounds):
         for kind, of in arms.items():
             forms = [name for name in of if name.startswith("Ray Data")]
-            slower = max(forms, key=lambda name: seconds[kind][name][:1], default="")
+            slower = max(forms, key=lambda name: seconds[kind][name][:1])
             for name, arm in of.items():
                 if turn == 0 or name != slower:
                     seconds[kind][name].append(arm())
@@ -360,15 +368,18 @@ def compare_pipelines(
         print(f"{name:<34}" + "".join(f"{cell:<26}" for cell in cells))
     for (format, size), of in rates.items():
         medians = {name: statistics.median(values) for name, values in of.items()}
-        ours, *others, two_loops, decoder = medians
-        other = max(others, key=lambda name: medians[name])
+        ours, *forms, same_work, two_loops, decoder = medians
+        form = max(forms, key=lambda name: medians[name])
+        what = f"preprocess {size}-pixel {format} to {TARGET}x{TARGET}"
         for name, goal in (
-            (other, GOAL_RAY_DATA if with_ray_data else GOAL_FLOOR),
+            (form, GOAL_RAY_DATA),
             (decoder, GOAL_FLOOR),
             (two_loops, GOAL_FLOOR),
+            (same_work, GOAL_FLOOR),
         ):
-            what = f"preprocess {size}-pixel {format} to {TARGET}x{TARGET}"
             results.append(result(what, medians[ours], medians[name], name, goal))
+        what = f"the same work in bare processes, {size}-pixel {format}"
+        results.append(result(what, medians[same_work], medians[two_loops], two_loops, GOAL_FLOOR))
     return results
 
 
