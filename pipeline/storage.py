@@ -118,21 +118,23 @@ def read_bytes(uri: str, remedy: str = REMEDY) -> bytes:
         return data
 
 
-def sha256_of(uri: str) -> str:
-    """The sha256 of a file, of which a few MiB are held at a time.
+def entry_of(folder: str, path: str) -> FileEntry:
+    """A file that lies in an output's folder, as it is now; a few MiB are held at a time.
 
     Raises:
         FileNotFoundError: there is none.
         StorageError: it cannot be read.
     """
-    fs, path = _open_fs(uri)
+    uri = join(folder, path)
+    fs, place = _open_fs(uri)
     # a remote file is fetched as it is asked for; else 50 MB at once, and more ahead
     how = {} if isinstance(fs, LocalFileSystem) else {"cache_type": "none"}
-    found = hashlib.sha256()
-    with _explained("read", uri), fs.open(path, "rb", **how) as file:
+    found, size = hashlib.sha256(), 0
+    with _explained("read", uri), fs.open(place, "rb", **how) as file:
         while chunk := file.read(CHUNK):
             found.update(chunk)
-    return found.hexdigest()
+            size += len(chunk)
+    return FileEntry(path=path, bytes=size, sha256=found.hexdigest())
 
 
 def write_bytes(uri: str, data: bytes | memoryview) -> FileEntry:

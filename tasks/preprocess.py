@@ -118,12 +118,11 @@ def _take_over(
         folder, record = known[digest]
         files = []
         for file in record["files"]:
-            old = storage.join(folder, file["path"])
             path = part_path(file["path"].split("/")[0], shard.index)
             try:
-                if storage.sha256_of(old) != file["sha256"]:  # damaged, so it is made anew
-                    return None
-                storage.copy(old, storage.join(ctx.folder, path))
+                if storage.entry_of(folder, file["path"]).sha256 != file["sha256"]:
+                    return None  # damaged, so it is made anew
+                storage.copy(storage.join(folder, file["path"]), storage.join(ctx.folder, path))
             except FileNotFoundError:  # deleted
                 return None
             files.append({**file, "path": path})

@@ -36,7 +36,6 @@ from pipeline import storage
 from pipeline.data.summary import CONTACT_SHEET
 from pipeline.errors import ClusterError, ConfigError, StorageError
 from pipeline.samplers.model import ModelSpec
-from pipeline.storage import FileEntry
 from pipeline.training import checkpoint, posthoc
 from tasks.cluster import check_room, num_workers, worker_needs
 from tasks.previews import Previews
@@ -244,10 +243,7 @@ def _outcome(ctx: StageContext, info: checkpoint.CheckpointInfo) -> Outcome:
     name = checkpoint.checkpoint_name(info.step)
     paths = [f"{name}/{file}" for file in [*info.state["files"], checkpoint.STATE]]
     paths += posthoc.snapshot_files(ctx.folder)
-    files = []
-    for path in paths:
-        data = storage.read_bytes(storage.join(ctx.folder, path))
-        files.append(FileEntry(path=path, bytes=len(data), sha256=storage.sha256(data)))
+    files = [storage.entry_of(ctx.folder, path) for path in paths]
     spec = ModelSpec.model_validate(info.state["spec"])
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in spec.make_network().parameters())

@@ -109,12 +109,13 @@ def test_a_file_is_hashed_without_being_held(root: str) -> None:
     uri, data = storage.join(root, "large"), bytes(range(256)) * 2**17
     storage.write_bytes(uri, data)
     tracemalloc.start()
-    assert storage.sha256_of(uri) == storage.sha256(data)
+    there = storage.entry_of(root, "large")
+    assert (there.bytes, there.sha256) == (len(data), storage.sha256(data))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 10 * 2**20, "of 32 MiB"
     with pytest.raises(FileNotFoundError):
-        storage.sha256_of(storage.join(root, "nothing"))
+        storage.entry_of(root, "nothing")
 
 
 def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
