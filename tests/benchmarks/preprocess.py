@@ -21,7 +21,8 @@ decoding, resizing, Parquet, manifest), against
   same, decodes, writes Parquet with checksums, hashes that and waits for the disk.
 
 Ray and its workers are started, and the files read once, before any clock; then all arms run in
-alternation, and medians count. The images are made here, of smooth noise in several octaves with sharp edges.
+alternation, and medians count. The images are made here, of smooth noise in several octaves with
+sharp edges.
 
 --scale shows instead that time grows linearly and memory does not: 1, 4 and 16 times as many 64x64
 images. --decoders compares ways to decode and resize: images/s in one process, and how far the
