@@ -5,6 +5,7 @@ nearest one there is.
 """
 
 import difflib
+import itertools
 import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -92,6 +93,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
             check_sampling(self.diffusion, self.sampling)
         except RequestError as error:
             raise ValueError(f"sampling: {error.message}") from error
+        self._check_over_steps()
         if self.evaluation.ode_images and self.diffusion.zero_terminal_snr:
             raise ValueError(
                 f"evaluation.ode_images={self.evaluation.ode_images} needs a last timestep of "
@@ -111,6 +113,19 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"{self.training.accumulate} cut it: raise it, or lower one of them"
             )
         return self
+
+    def _check_over_steps(self) -> None:
+        over_steps = self.evaluation.over_steps
+        if over_steps is None:
+            return
+        for sampler, steps in itertools.product(over_steps.samplers, over_steps.steps):
+            try:
+                check_sampling(self.diffusion, over_steps.at(self.sampling, sampler, steps))
+            except (RequestError, ValueError) as error:
+                problem = str(error).splitlines()[-1] if isinstance(error, ValueError) else error
+                raise ValueError(
+                    f"evaluation.over_steps: {sampler} with {steps} steps: {problem}"
+                ) from error
 
 
 def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:

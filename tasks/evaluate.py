@@ -1,37 +1,56 @@
-"""Evaluate: a checkpoint to scores, with n, sampler, steps, guidance and weights stated."""
+"""Evaluate: a checkpoint to figures, each with n, its uncertainty, and how it was measured.
 
+Samples are drawn over the cluster in chunks, whose pixels and features stand in files until the
+figures are known: a killed evaluation goes on where it was. Image i of a seed is always the same,
+so no figure depends on the number of workers.
+"""
+
+import itertools
 import json
-import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import ray
+import torch
+from torch import Tensor
 
 from pipeline import storage
 from pipeline.data.images import grid
-from pipeline.data.shards import read_split
-from pipeline.diffusion.elbo import Elbo
-from pipeline.evaluation.features import TrainedClassifier, from_files
-from pipeline.evaluation.likelihood import (
-    OdeBits,
-    Trace,
-    choose,
-    elbo_of,
-    ode_bits_of,
-    summarise_elbo,
-    summarise_ode,
+from pipeline.data.parts import images_at
+from pipeline.evaluation.estimate import share_of
+from pipeline.evaluation.figures import (
+    Figures,
+    compare,
+    gather,
+    memorisation,
+    nearest_in_chunks,
 )
-from pipeline.evaluation.metrics import class_accuracy, holdout_loss
-from pipeline.registry.models import load_model
+from pipeline.evaluation.real_images import (
+    extractor_of,
+    read_features,
+    read_held_out,
+    read_tensors,
+    read_train,
+    write_tensors,
+)
 from pipeline.samplers.model import ModelSpec
+from pipeline.samplers.plan import SamplingConfig
 from pipeline.seeding import key
 from pipeline.serving.engine import ImageRequest
 from pipeline.training.checkpoint import checkpoint_name
-from tasks.cluster import worker_device
-from tasks.fanout import cached_model, draw_on_cluster
+from tasks import in_flight
+from tasks.curves import draw_over_steps, draw_timesteps
+from tasks.fanout import IMAGES_PER_TASK, draw
+from tasks.held_out import HeldOut
 from tasks.stage import Outcome, StageContext
 
 GRID_COLUMNS = 10
+SAMPLES = "samples"
+"""Files of drawn images, until the figures are known."""
+MOST_NEAREST = 500
+"""Samples whose nearest training image is looked for."""
 
 
 def checkpoint_uri(train_folder: str) -> str:
@@ -41,169 +60,242 @@ def checkpoint_uri(train_folder: str) -> str:
     return storage.join(train_folder, checkpoint_name(manifest.stats["step"]))
 
 
-def measure_holdout(uri: str, shard_set: str, seed: int) -> tuple[float, float, int]:
-    """The loss of a checkpoint on held-out images, its standard error, and their number."""
-    images = read_split(shard_set, "holdout")
-    loss, error = holdout_loss(load_model(uri), images, seed)
-    return loss, error, len(images)
+# --- in tasks -----------------------------------------------------------------------------------
 
 
-def measure_elbo(uri: str, shard_set: str, positions: np.ndarray, seed: int) -> Elbo:
-    """The variational bound of some held-out images, in this process."""
-    images = read_split(shard_set, "holdout")
-    return elbo_of(cached_model(uri, None), images, positions, seed, worker_device())
+def draw_to_file(uri: str, requests: list[ImageRequest], reference: str, target: str) -> int:
+    """Draw some samples, find their features, and write both; returns how many."""
+    drawn = draw(uri, None, requests, "exact")
+    tensors = {
+        "pixels": torch.from_numpy(drawn.pixels),
+        "evaluations": torch.from_numpy(drawn.evaluations),
+    }
+    if extractor := extractor_of(reference):
+        found = extractor(drawn.pixels)
+        tensors["features"] = found.features
+        if found.log_probs is not None:
+            tensors["log_probs"] = found.log_probs
+    write_tensors(target, tensors)
+    return len(requests)
 
 
-def measure_ode_bits(
-    uri: str, shard_set: str, positions: np.ndarray, seed: int, trace: Trace, draws: int
-) -> OdeBits:
-    """The likelihood of some held-out images by the ODE, in this process."""
-    images, device = read_split(shard_set, "holdout"), worker_device()
-    return ode_bits_of(cached_model(uri, None), images, positions, seed, trace, draws, device)
+def measure_samples(
+    samples: list[str], reference: str, shard_set: str
+) -> tuple[Figures, dict[str, str], bytes]:
+    """The figures of features, why others are missing, and a sheet of the nearest neighbours."""
+    extractor = extractor_of(reference)
+    assert extractor is not None
+    drawn = gather(_stored(samples, "features"))
+    log_probs = list(_stored(samples, "log_probs"))
+    if log_probs:
+        drawn = replace(drawn, log_probs=torch.cat(log_probs))
+    train = read_train(reference)
+    figures, skipped = compare(extractor.name, drawn, train)
+
+    held_out, held_out_distances = read_held_out(reference)
+    if n := min(len(drawn.some), len(held_out)):  # real images in place of samples, as many
+        floor, _ = compare(extractor.name, gather([held_out[:n]]), train)
+        as_many, _ = compare(extractor.name, gather([drawn.some[:n]]), train)
+        for name in floor:
+            figures[name]["floor"] = {
+                "n": n,
+                "real": floor[name]["value"],
+                "samples": as_many[name]["value"],
+            }
+
+    few = drawn.some[:MOST_NEAREST]
+    distances, rows = nearest_in_chunks(few, read_features(reference, "train"))
+    found, missing = memorisation(extractor.name, distances, held_out_distances)
+    nearest = distances.argsort()[:GRID_COLUMNS]
+    pixels = torch.cat(list(_stored(samples[: -(-len(few) // IMAGES_PER_TASK)], "pixels")))
+    real = images_at(shard_set, "train", rows[nearest].numpy()).images
+    sheet = grid(np.concatenate([pixels[nearest].numpy(), real]), len(nearest))
+    return figures | found, skipped | missing, sheet
+
+
+def measure_distances(samples: list[str], reference: str) -> tuple[Figures, float]:
+    """The figures of features of some samples, and the evaluations that one of them took."""
+    extractor = extractor_of(reference)
+    assert extractor is not None
+    drawn = gather(_stored(samples, "features"))
+    figures, _ = compare(extractor.name, drawn, read_train(reference))
+    evaluations = torch.cat(list(_stored(samples, "evaluations"))).double().mean()
+    return figures, float(evaluations)
+
+
+def _stored(samples: list[str], name: str) -> Iterator[Tensor]:
+    """A tensor of each file of samples that has it."""
+    for uri in samples:
+        tensors = read_tensors(uri)
+        assert tensors is not None  # it was, before any is read
+        if name in tensors:
+            yield tensors[name]
+
+
+# --- the stage ----------------------------------------------------------------------------------
 
 
 def run(ctx: StageContext) -> Outcome:
-    """Draw samples of every class in turn and judge them; write metrics.json and grid.png."""
+    """Draw samples of every class in turn and measure them; write metrics.json and pictures."""
     config = ctx.config
     uri = checkpoint_uri(ctx.inputs["train"])
     spec = ModelSpec.model_validate(storage.read_json(storage.join(uri, "state.json"))["spec"])
-    n, num_classes = config.evaluation.samples, spec.num_classes
     sampling = spec.admissible(config.sampling)
-    labels = [i % num_classes if num_classes else None for i in range(n)]
-    seed = key(config.seed, "evaluation") >> 1  # within the 63 bits that a request may use
-    requests = [ImageRequest(seed, i, label, sampling) for i, label in enumerate(labels)]
+    n = config.evaluation.samples
+    requests = _requests(config.seed, spec, sampling, n)
+    labels, seed = [request.label for request in requests], requests[0].seed
 
-    ctx.progress.start(n, "samples")
-    holdout = ray.remote(num_cpus=1, max_retries=3)(measure_holdout).remote(
-        uri, ctx.inputs["preprocess"], config.seed
-    )
-    pixels = np.empty((n, spec.image_size, spec.image_size, spec.channels), np.uint8)
-    drawn = 0
-    gpus = config.cluster.gpus_per_worker
-    evaluations = np.empty(n, np.int64)
-    for start, chunk in draw_on_cluster(uri, None, requests, "exact", gpus):
-        rows = slice(start, start + len(chunk.pixels))
-        pixels[rows], evaluations[rows] = chunk
-        drawn += len(chunk.pixels)
-        ctx.progress.update(drawn)
-    protocol = {
+    held_out = HeldOut(ctx, uri)
+    samples = _draw(ctx, uri, requests, storage.join(ctx.folder, SAMPLES, "figures"))
+    evaluations = torch.cat(list(_stored(samples, "evaluations")))
+    protocol: dict[str, Any] = {
         "n": n,
         "weights": "ema",
         "seed": seed,
-        "sampling": sampling.model_dump(),
-        "network_evaluations": float(evaluations.mean()),  # a guided one counts twice
+        "sampling": sampling.model_dump(mode="json"),
+        "network_evaluations": float(evaluations.double().mean()),  # a guided one counts twice
     }
-    metrics: dict[str, Any] = {"protocol": protocol}
-    loss, error, count = ray.get(holdout)
-    if count:
-        metrics["holdout_loss"] = {
-            "value": loss,
-            "standard_error": error if math.isfinite(error) else None,
-            "n": count,
+    pictures = {"grid.png": _sheet(samples, labels)}
+    figures, skipped = held_out.figures()
+    if "holdout_loss" in figures:
+        bits = figures.get("bits_per_dim_elbo", {}).get("per_timestep")
+        pictures["timesteps.png"] = draw_timesteps(figures["holdout_loss"]["per_timestep"], bits)
+    of_reference = storage.read_manifest(ctx.inputs["reference"])
+    assert of_reference is not None
+    if of_reference.stats["extractor"] is None:
+        skipped["fd"] = (
+            "the images have no classes to fit an extractor to: give one, evaluation.extractor"
+        )
+    else:
+        ctx.progress.update(n, "figures")
+        shard_set = ctx.inputs["preprocess"]
+        measure = ray.remote(num_cpus=1, max_retries=3)(measure_samples)
+        found, missing, pictures["neighbours.png"] = ray.get(
+            measure.remote(samples, ctx.inputs["reference"], shard_set)
+        )
+        found |= _accuracy(samples, labels, spec, of_reference.stats)
+        measured = {name: protocol[name] for name in ("sampling", "weights")} | {
+            "extractor": of_reference.stats["extractor"]["digest"],
+            "reference": shard_set.rsplit("/", 1)[-1],
         }
-    if bits := _bits_per_dim(ctx, uri, count):
-        metrics["bits_per_dim"] = bits
-    judge = _judge(ctx.inputs["reference"])
-    if judge is not None:
-        metrics["class_accuracy"] = _accuracy(judge, pixels, labels, spec, ctx.inputs["reference"])
+        for figure in found.values():
+            figure["measured"] = {"n": figure["n"], **measured}
+        figures |= found
+        skipped |= missing
 
-    contents = {
-        "metrics.json": json.dumps(metrics, indent=1).encode(),
-        "grid.png": _sheet(pixels, labels),
-    }
+        if config.evaluation.over_steps is not None:
+            protocol["over_steps"] = _over_steps(ctx, uri, spec)
+            pictures["over_steps.png"] = draw_over_steps(protocol["over_steps"])
+
+    metrics = {"protocol": protocol, "figures": figures, "skipped": skipped}
+    contents = {"metrics.json": json.dumps(metrics, indent=1).encode(), **pictures}
     files = [
         storage.write_bytes(storage.join(ctx.folder, name), data) for name, data in contents.items()
     ]
-    _record(ctx, metrics, contents)
+    _record(ctx, figures, contents)
+    storage.remove(storage.join(ctx.folder, SAMPLES))
     return Outcome(files, metrics)
 
 
-def _bits_per_dim(ctx: StageContext, uri: str, held_out: int) -> dict[str, Any]:
-    """The likelihoods that the config asks for, of `held_out` images at most, on the cluster."""
-    config, shard_set = ctx.config.evaluation, ctx.inputs["preprocess"]
-    seed, gpus = ctx.config.seed, ctx.config.cluster.gpus_per_worker
-    elbo, ode = (
-        ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(measure)
-        for measure in (measure_elbo, measure_ode_bits)
-    )
-    parts: dict[str, list[Any]] = {
-        "elbo": [
-            elbo.remote(uri, shard_set, positions, seed)
-            for positions in choose(config.elbo_images, held_out, seed)
-        ],
-        "ode": [
-            ode.remote(uri, shard_set, positions, seed, config.ode_trace, config.ode_draws)
-            for positions in choose(config.ode_images, held_out, seed)
-        ],
-    }
-    running = [part for chunks in parts.values() for part in chunks]
-    if running:
-        ctx.progress.start(len(running), "likelihoods")
-    for done in range(1, len(running) + 1):
-        ray.wait(running, num_returns=done)
-        ctx.progress.update(done)
-    result = {}
-    if parts["elbo"]:
-        result["elbo"] = summarise_elbo(ray.get(parts["elbo"]))
-    if parts["ode"]:
-        result["ode"] = summarise_ode(ray.get(parts["ode"]), config.ode_trace)
-    return result
+def _requests(
+    config_seed: int, spec: ModelSpec, sampling: SamplingConfig, n: int
+) -> list[ImageRequest]:
+    """Images of every class in turn."""
+    labels = [i % spec.num_classes if spec.num_classes else None for i in range(n)]
+    seed = key(config_seed, "evaluation") >> 1  # within the 63 bits that a request may use
+    return [ImageRequest(seed, i, label, sampling) for i, label in enumerate(labels)]
 
 
-def _judge(folder: str) -> TrainedClassifier | None:
-    manifest = storage.read_manifest(folder)
-    if manifest is None or not manifest.files:
-        return None
-    names = [entry.path for entry in manifest.files]
-    return from_files({name: storage.read_bytes(storage.join(folder, name)) for name in names})
+def _draw(ctx: StageContext, uri: str, requests: list[ImageRequest], folder: str) -> list[str]:
+    """Files of samples, in their order; those that an earlier run has drawn are there."""
+    chunks = [
+        requests[start : start + IMAGES_PER_TASK]
+        for start in range(0, len(requests), IMAGES_PER_TASK)
+    ]
+    places = [storage.join(folder, f"{i:05d}.safetensors") for i in range(len(chunks))]
+    todo = [i for i, place in enumerate(places) if not _holds(place, len(chunks[i]))]
+    drawn = len(requests) - sum(len(chunks[i]) for i in todo)
+    ctx.progress.start(len(requests), "samples", drawn)
+    task = ray.remote(max_retries=3)(draw_to_file)
+    remote = task.options(num_cpus=1, num_gpus=ctx.config.cluster.gpus_per_worker)
+    calls = [(uri, chunks[i], ctx.inputs["reference"], places[i]) for i in todo]
+    for _, count in in_flight.results(remote, calls):
+        drawn += count
+        ctx.progress.update(drawn)
+    return places
+
+
+def _over_steps(ctx: StageContext, uri: str, spec: ModelSpec) -> list[dict[str, Any]]:
+    """The distances of samples by each sampler with each number of steps that the config names."""
+    config = ctx.config.evaluation.over_steps
+    assert config is not None
+    measure = ray.remote(num_cpus=1, max_retries=3)(measure_distances)
+    points = []
+    for sampler, steps in itertools.product(config.samplers, config.steps):
+        sampling = spec.admissible(config.at(ctx.config.sampling, sampler, steps))
+        requests = _requests(ctx.config.seed, spec, sampling, config.samples)
+        folder = storage.join(ctx.folder, SAMPLES, f"{sampler}-{steps}")
+        samples = _draw(ctx, uri, requests, folder)
+        figures, evaluations = ray.get(measure.remote(samples, ctx.inputs["reference"]))
+        points.append(
+            {"sampler": sampler, "steps": steps, "evaluations": evaluations, "figures": figures}
+        )
+    return points
+
+
+def _holds(uri: str, count: int) -> bool:
+    """Whether a file of so many samples is there."""
+    tensors = read_tensors(uri)
+    return tensors is not None and len(tensors["pixels"]) == count
 
 
 def _accuracy(
-    judge: TrainedClassifier,
-    pixels: np.ndarray,
-    labels: list[int | None],
-    spec: ModelSpec,
-    reference: str,
-) -> dict[str, Any]:
-    wanted = np.array(labels)
-    share, error, predicted = class_accuracy(judge, pixels, wanted)
+    samples: list[str], labels: list[int | None], spec: ModelSpec, reference: dict[str, Any]
+) -> Figures:
+    """The share of samples that the classifier takes for their class, if there is one."""
+    log_probs = list(_stored(samples, "log_probs"))
+    if not log_probs or spec.num_classes == 0:
+        return {}
+    predicted, wanted = torch.cat(log_probs).argmax(1), torch.tensor(labels)
+    right = predicted == wanted
     by_class = {
-        name: float((predicted[wanted == i] == i).mean())
+        name: float(right[wanted == i].double().mean())
         for i, name in enumerate(spec.class_names)
         if (wanted == i).any()
     }
-    ceiling = judge.holdout_accuracy
     return {
-        "value": share,
-        "standard_error": error,
-        "by_class": by_class,
-        "judge": "a classifier trained on the real training images",
-        "judge_id": reference.rsplit("/", 1)[-1],
-        "judge_accuracy_on_holdout": ceiling if math.isfinite(ceiling) else None,
-        "judge_holdout_n": judge.holdout_n,
+        "class_accuracy": {
+            **share_of(right).to_json(),
+            "n": len(right),
+            "better": "higher",
+            "by_class": by_class,
+            "judge": "a classifier trained on the real training images",
+            "judge_accuracy_on_holdout": reference["holdout_accuracy"],
+            "judge_holdout_n": reference["holdout_n"],
+        }
     }
 
 
-def _sheet(pixels: np.ndarray, labels: list[int | None]) -> bytes:
+def _sheet(samples: list[str], labels: list[int | None]) -> bytes:
     """Samples in rows of a class, or just in rows if there are no classes."""
     classes = sorted({label for label in labels if label is not None})
-    if not classes:
-        return grid(pixels[: GRID_COLUMNS**2], GRID_COLUMNS)
-    rows = [np.flatnonzero(np.array(labels) == label) for label in classes]
-    width = min(GRID_COLUMNS, *(len(row) for row in rows))
-    return grid(pixels[np.concatenate([row[:width] for row in rows])], width)
+    if classes:
+        rows = [np.flatnonzero(np.array(labels) == label) for label in classes]
+        width = min(GRID_COLUMNS, *(len(row) for row in rows))
+        shown = np.concatenate([row[:width] for row in rows])
+    else:
+        width = GRID_COLUMNS
+        shown = np.arange(min(len(labels), GRID_COLUMNS**2))
+    needed = samples[: int(shown.max()) // IMAGES_PER_TASK + 1]
+    return grid(torch.cat(list(_stored(needed, "pixels"))).numpy()[shown], width)
 
 
-def _record(ctx: StageContext, metrics: dict[str, Any], files: dict[str, bytes]) -> None:
+def _record(ctx: StageContext, figures: Figures, files: dict[str, bytes]) -> None:
     """Add the figures and the files to the MLflow run."""
     run = ctx.tracked_run()
-    figures = {
-        f"bits_per_dim_{name}": found["value"]
-        for name, found in metrics.get("bits_per_dim", {}).items()
-    }
-    if "class_accuracy" in metrics:
-        figures["class_accuracy"] = metrics["class_accuracy"]["value"]
-    if figures:
-        run.log_figures(ctx.config.training.steps, figures)
+    # the loss on held-out images has a curve of its own, of all checkpoints
+    values = {name: of["value"] for name, of in figures.items() if name != "holdout_loss"}
+    if values:
+        run.log_figures(ctx.config.training.steps, values)
     for name, data in files.items():
         run.log_artifact("evaluation", name, data)

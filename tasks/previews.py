@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import ray
 import torch
 
+from pipeline import storage
 from pipeline.data.images import grid
-from pipeline.data.shards import read_split
+from pipeline.data.parts import choose, images_at
 from pipeline.errors import StorageError
-from pipeline.evaluation.metrics import holdout_loss
+from pipeline.evaluation.metrics import MOST_HELD_OUT, holdout_loss
 from pipeline.registry.models import load_model
 from pipeline.samplers.plan import SamplingConfig
 from pipeline.seeding import key
@@ -23,7 +24,9 @@ PREVIEW_STEPS = 25
 PREVIEW_IMAGES_PER_CLASS = 4
 
 
-def preview(uri: str, shard_set: str, guidance: float, seed: int) -> tuple[bytes, float]:
+def preview(
+    uri: str, shard_set: str, num_held_out: int, guidance: float, seed: int
+) -> tuple[bytes, float]:
     """A grid of samples from a checkpoint's EMA weights, and their loss on held-out images."""
     torch.set_num_threads(1)  # beside the training workers
     model = load_model(uri)
@@ -39,7 +42,8 @@ def preview(uri: str, shard_set: str, guidance: float, seed: int) -> tuple[bytes
     ]
     pixels = Engine(model).draw(requests)
     columns = PREVIEW_IMAGES_PER_CLASS * 2 if num_classes else 4
-    loss, _ = holdout_loss(model, read_split(shard_set, "holdout"), seed)
+    held_out = images_at(shard_set, "holdout", choose(num_held_out, MOST_HELD_OUT, seed))
+    loss = holdout_loss(model, held_out, seed).estimate().value
     return grid(pixels, columns), loss
 
 
@@ -60,6 +64,9 @@ class Previews:
     def __init__(self, ctx: StageContext) -> None:
         """Raises StorageError where MLflow cannot say which previews an earlier run has made."""
         self.ctx = ctx
+        shards = storage.read_manifest(ctx.inputs["preprocess"])
+        assert shards is not None
+        self._num_held_out = int(shards.stats["num_images"]["holdout"])
         self._added = set(ctx.tracked_run().image_steps("samples"))
         self._waiting: deque[tuple[int, str]] = deque()
         self._running: tuple[int, Any] | None = None
@@ -79,7 +86,8 @@ class Previews:
             if self._running is None:
                 step, uri = self._waiting.popleft()
                 shard_set, guidance = self.ctx.inputs["preprocess"], config.sampling.guidance
-                self._running = step, self._task.remote(uri, shard_set, guidance, config.seed)
+                call = (uri, shard_set, self._num_held_out, guidance, config.seed)
+                self._running = step, self._task.remote(*call)
             step, result = self._running
             if not ray.wait([result], timeout=None if wait else 0)[0]:
                 return

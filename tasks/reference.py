@@ -1,55 +1,102 @@
-"""Reference: the judge of samples, a classifier fitted to the real images; runs beside training."""
+"""Reference: what samples are compared with, computed once of a ShardSet; runs beside training.
 
+The extractor of features is the user's file or a classifier fitted to the training images, which is
+also the judge of conditional samples. Of every image its features are found, in tasks of a few
+thousand images each, and of these what is kept; see pipeline/evaluation/real_images.py. What is
+finished stands in files, so a killed run goes on.
+"""
+
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import ray
 
 from pipeline import storage
-from pipeline.data.shards import NO_LABEL, read_split
-from pipeline.evaluation.features import to_files, train_classifier
+from pipeline.data.parts import choose, images_at, read_footer
+from pipeline.data.shards import NO_LABEL
+from pipeline.evaluation import extractors, real_images
+from pipeline.evaluation.features import train_classifier
 from pipeline.storage import FileEntry
+from tasks import in_flight
 from tasks.stage import Outcome, StageContext
 
+IMAGES_PER_FILE = 8192
+MOST_TO_FIT, MOST_TO_JUDGE = 60_000, 10_000
+"""Images that the classifier is fitted to, and that its accuracy is of."""
 
-def fit_reference(
-    shard_set: str, folder: str, num_classes: int, seed: int, epochs: int
-) -> tuple[list[FileEntry], dict[str, Any]]:
-    """Fit the classifier and write it below `folder`."""
-    train, holdout = read_split(shard_set, "train"), read_split(shard_set, "holdout")
-    if (train.labels == NO_LABEL).all():
-        return [], {"holdout_accuracy": None}
-    classifier = train_classifier(train, holdout, num_classes, seed, epochs)
-    files = [
-        storage.write_bytes(storage.join(folder, name), data)
-        for name, data in to_files(classifier).items()
-    ]
-    accuracy = classifier.holdout_accuracy
-    stats = {
-        "holdout_accuracy": accuracy if math.isfinite(accuracy) else None,
-        "holdout_n": classifier.holdout_n,
-        "train_n": len(train),
-    }
-    return files, stats
+
+def fit_classifier(
+    shard_set: str, folder: str, name: str, num_classes: int, seed: int, epochs: int
+) -> None:
+    """Fit the classifier and keep it as the extractor of `folder`, unless no image has a label."""
+    manifest = storage.read_manifest(shard_set)
+    assert manifest is not None
+    train, holdout = (
+        images_at(shard_set, split, choose(manifest.stats["num_images"][split], most, seed))
+        for split, most in (("train", MOST_TO_FIT), ("holdout", MOST_TO_JUDGE))
+    )
+    if (train.labels != NO_LABEL).any():
+        classifier = train_classifier(train, holdout, num_classes, seed, epochs)
+        extractors.keep_classifier(folder, name, classifier)
 
 
 def run(ctx: StageContext) -> Outcome:
-    """Fit the judge; images without classes have none, and the output is empty."""
-    manifest = storage.read_manifest(ctx.inputs["preprocess"])
+    """Make the extractor, then the features; images without classes may have neither."""
+    config, shard_set = ctx.config.evaluation, ctx.inputs["preprocess"]
+    manifest = storage.read_manifest(shard_set)
     assert manifest is not None
-    num_classes = len(manifest.stats["class_names"])
-    ctx.progress.start(1, "classifier")
-    if num_classes < 2:
-        return Outcome([], {"holdout_accuracy": None})
-    task = ray.remote(num_cpus=1, max_retries=3)(fit_reference)
-    files, stats = ray.get(
-        task.remote(
-            ctx.inputs["preprocess"],
-            ctx.folder,
-            num_classes,
-            ctx.config.seed,
-            ctx.config.evaluation.classifier_epochs,
-        )
-    )
-    ctx.progress.update(1)
-    return Outcome(files, stats)
+    ctx.progress.start(1, "extractor")
+    if config.extractor is not None:
+        extractors.keep_file(ctx.folder, config.extractor)
+        extractors.load_extractor(ctx.folder)  # what is wrong with it is better said now
+    elif len(manifest.stats["class_names"]) >= 2 and not extractors.describe(ctx.folder):
+        fit = ray.remote(num_cpus=1, max_retries=3)(fit_classifier)
+        num_classes, epochs = len(manifest.stats["class_names"]), config.classifier_epochs
+        arguments = (shard_set, ctx.folder, ctx.config.name, num_classes, ctx.config.seed, epochs)
+        ray.get(fit.remote(*arguments))
+    facts = extractors.describe(ctx.folder)
+    if not facts:
+        return Outcome([], {"extractor": None})
+
+    files = {}
+    for split in ("train", "holdout"):
+        entries = [file for file in manifest.files if file.path.startswith(f"{split}/")]
+        for number, group in enumerate(_in_groups(shard_set, entries)):
+            files[real_images.features_path(split, number)] = group
+    calls = [
+        (ctx.folder, shard_set, group, path)
+        for path, group in files.items()
+        if real_images.read_tensors(storage.join(ctx.folder, path)) is None
+    ]
+    done = len(files) - len(calls)
+    ctx.progress.start(len(files), "files of features", done)
+    task = ray.remote(num_cpus=1, max_retries=3)(real_images.extract)
+    for _ in in_flight.results(task, calls):
+        done += 1
+        ctx.progress.update(done)
+    summarise = ray.remote(num_cpus=1, max_retries=3)(real_images.summarise)
+    ray.get(summarise.remote(ctx.folder, ctx.config.seed))
+
+    paths = [extractors.DESCRIPTION, real_images.TRAIN, *files]
+    if manifest.stats["num_images"]["holdout"]:
+        paths.append(real_images.HOLDOUT)
+    stats: dict[str, Any] = {"extractor": facts}
+    if config.extractor is None:
+        paths += extractors.CLASSIFIER
+        classifier = extractors.load_classifier(ctx.folder)
+        accuracy = classifier.holdout_accuracy
+        stats["holdout_accuracy"] = accuracy if math.isfinite(accuracy) else None
+        stats["holdout_n"] = classifier.holdout_n
+    return Outcome([storage.entry_of(ctx.folder, path) for path in paths], stats)
+
+
+def _in_groups(shard_set: str, entries: list[FileEntry]) -> Iterator[list[FileEntry]]:
+    """Parts that follow each other, of about IMAGES_PER_FILE images together."""
+    sizes = [read_footer(shard_set, entry).num_images for entry in entries]
+    number = np.cumsum([0, *sizes[:-1]]) // IMAGES_PER_FILE
+    pairs = zip(number.tolist(), entries, strict=False)
+    for _, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        yield [entry for _, entry in group]

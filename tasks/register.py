@@ -1,21 +1,22 @@
-"""Register: an evaluated checkpoint to a version in the MLflow registry, with its lineage."""
+"""Register: an evaluated checkpoint to a version in the MLflow registry, with its lineage.
+
+Whether the alias moves to it is the gate's to say: see pipeline/registry/gate.py.
+"""
 
 import json
 from typing import Any
 
-import ray
-
 from pipeline import storage
 from pipeline.config import RunConfig
+from pipeline.registry.aliases import decide
+from pipeline.registry.folder import MODEL_JSON, model_files
 from pipeline.registry.models import (
-    MODEL_JSON,
+    FIGURES_TAG,
     SERVING_TAG,
     ModelReference,
     find_version,
-    model_files,
     read_checkpoint,
     register,
-    set_alias,
 )
 from pipeline.training import checkpoint
 from tasks.stage import Outcome, StageContext
@@ -37,7 +38,7 @@ def still_registered(folder: str, tracking_uri: str) -> bool:
 
 
 def run(ctx: StageContext) -> Outcome:
-    """Copy the EMA weights into the registry and point the alias at the version."""
+    """Copy the EMA weights into the registry; point the alias at them if the rules hold."""
     ctx.progress.start(1, "model")
     train = storage.read_manifest(ctx.inputs["train"])
     shards = storage.read_manifest(ctx.inputs["preprocess"])
@@ -55,25 +56,44 @@ def run(ctx: StageContext) -> Outcome:
         "shard_set_id": shards.id,
         "source": shards.stats["source"],
         "source_sha256": shards.stats["source_sha256"],
+        "num_images": shards.stats["num_images"],
         "evaluate_id": scores.id,
-        "config": ctx.config.model_dump(exclude={"storage", "tracking", "cluster", "serving"}),
-        "ray": ray.__version__,
+        "config": ctx.config.model_dump(
+            exclude={"storage", "tracking", "cluster", "serving", "registry"}
+        ),
+        "versions": train.versions,
     }
-    files = model_files(spec, weights, lineage)
-    reference = register(run, ctx.config.name, files, _tags(ctx.config, lineage, scores.stats))
-    set_alias(reference, ctx.config.registry.alias)
+    grid = storage.read_bytes(storage.join(ctx.inputs["evaluate"], "grid.png"))
+    files = model_files(spec, weights, lineage, scores.stats, grid)
+    figures = _comparable(scores.stats["figures"])
+    reference = register(run, ctx.config.name, files, _tags(ctx.config, lineage, figures))
+    rules = ctx.config.registry
+    decision = decide(reference, rules.alias, rules.promote_if, figures, scores.stats["skipped"])
     ctx.progress.update(1)
     entries = [
         storage.write_json(storage.join(ctx.folder, REFERENCE_JSON), vars(reference)),
         storage.write_bytes(storage.join(ctx.folder, MODEL_JSON), files[MODEL_JSON]),
     ]
-    return Outcome(entries, {"version": reference.version, "model_digest": reference.digest})
+    stats = {
+        "version": reference.version,
+        "model_digest": reference.digest,
+        "promotion": json.loads(decision.to_json()),
+    }
+    return Outcome(entries, stats, decision.sentence)
 
 
-def _tags(config: RunConfig, lineage: dict[str, Any], scores: dict[str, Any]) -> dict[str, str]:
+def _comparable(figures: dict[str, Any]) -> dict[str, Any]:
+    """Of each figure, what the gate compares; a tag has no room for what lists every class."""
+    names = ("value", "standard_error", "interval", "n", "better", "measured")
+    return {
+        name: {key: figure[key] for key in names if key in figure}
+        for name, figure in figures.items()
+    }
+
+
+def _tags(config: RunConfig, lineage: dict[str, Any], figures: dict[str, Any]) -> dict[str, str]:
     names = ("train_id", "shard_set_id", "source", "source_sha256", "evaluate_id", "step")
-    serving = json.dumps(config.serving.model_dump())
-    tags = {f"ddpm.{name}": str(lineage[name]) for name in names} | {SERVING_TAG: serving}
-    if "class_accuracy" in scores:
-        tags["ddpm.class_accuracy"] = f"{scores['class_accuracy']['value']:.4f}"
-    return tags
+    return {f"ddpm.{name}": str(lineage[name]) for name in names} | {
+        SERVING_TAG: json.dumps(config.serving.model_dump()),
+        FIGURES_TAG: json.dumps(figures),
+    }

@@ -60,9 +60,19 @@ STAGES = (
         (),
         format=SHARD_SET_FORMAT,
     ),
-    StageSpec("reference", ("seed", "evaluation.classifier_epochs"), ("preprocess",)),
+    StageSpec(
+        "reference",
+        ("name", "seed", "evaluation.classifier_epochs", "evaluation.extractor"),
+        ("preprocess",),
+        format=2,
+    ),
     StageSpec("train", ("seed", "network", "diffusion", "training"), ("preprocess",)),
-    StageSpec("evaluate", ("seed", "evaluation", "sampling"), ("preprocess", "train", "reference")),
+    StageSpec(
+        "evaluate",
+        ("seed", "evaluation", "sampling"),
+        ("preprocess", "train", "reference"),
+        format=2,
+    ),
     StageSpec("register", ("name", "registry", "serving"), ("preprocess", "train", "evaluate")),
     StageSpec("sample", ("seed", "sampling"), ("register",)),
 )

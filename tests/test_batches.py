@@ -24,7 +24,7 @@ from pipeline.data.augment import Augmentation, augment
 from pipeline.data.batches import Batch, Batches, FullShuffle, drop_labels, prefetch
 from pipeline.data.cache import memory_mapped
 from pipeline.data.order import WindowedOrder, global_batch
-from pipeline.data.parts import Part, read_parts
+from pipeline.data.parts import Part, choose, images_at, read_parts
 from pipeline.data.shards import NO_LABEL, encode_part, part_path, read_split
 from pipeline.data.windows import WindowedShuffle
 from pipeline.errors import CorruptArtifact, DataError, StorageError
@@ -311,6 +311,29 @@ def test_an_error_is_raised_at_the_batch_that_it_concerns() -> None:
     with pytest.raises(CorruptArtifact, match="bad"):
         next(coming)
     assert threads() == []
+
+
+# --- single images ------------------------------------------------------------------------------
+
+
+def test_images_are_read_at_their_indices_in_any_order(shard_set: str) -> None:
+    indices = np.array([COUNT - 1, 0, 7, 7, 3])
+    got = images_at(shard_set, "train", indices)
+    whole = read_split(shard_set, "train")
+    assert np.array_equal(got.images, whole.images[indices])
+    assert np.array_equal(got.labels, whole.labels[indices])
+    assert got.keys == [whole.keys[i] for i in indices]
+    assert len(images_at(shard_set, "train", np.arange(0))) == 0
+
+
+def test_all_are_chosen_of_few_and_the_same_ones_of_many() -> None:
+    assert choose(5, 5, seed=0).tolist() == [0, 1, 2, 3, 4]
+    chosen = choose(1000, 50, seed=0)
+    assert (np.diff(chosen) > 0).all()
+    assert len(chosen) == 50
+    assert 300 < chosen.mean() < 700
+    assert np.array_equal(chosen, choose(1000, 50, seed=0))
+    assert not np.array_equal(chosen, choose(1000, 50, seed=1))
 
 
 # --- a cache on the node ------------------------------------------------------------------------

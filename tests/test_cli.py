@@ -1,6 +1,5 @@
 """The command line's contract: exit codes, and one sentence for each mistake."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +56,8 @@ def test_usage_errors_have_code_2(place: Workplace, arguments: list[str]) -> Non
 def test_help_names_every_verb(place: Workplace) -> None:
     output = place.quick("--help")
     verbs = "run preprocess train evaluate register status explain config "
-    verbs += "sample reproduce serve promote submit"
+    verbs += "schedule sample reproduce compare serve promote rollback history lineage "
+    verbs += "export import submit"
     for verb in verbs.split():
         assert f" {verb} " in output
 
@@ -87,11 +87,17 @@ def test_models_that_are_not_there(place: Workplace) -> None:
         ["sample", "digits@champion"],
         ["serve", "digits@7"],
         ["promote", "digits@7"],
+        ["rollback", "digits"],
+        ["history", "digits"],
+        ["lineage", "digits@champion"],
     ):
         output = place.quick(*arguments, code=2)
         assert "there is no model 'digits': the registry at" in error_of(output)
     assert list(place.folder.iterdir()) == [], "looking creates nothing"
     assert "does not name a model" in error_of(place.quick("sample", "digits", code=2))
+    for verb in ("rollback", "history"):
+        output = place.quick(verb, "digits@champion", code=2)
+        assert "'digits@champion' is not the name of a model alone" in error_of(output)
 
 
 def test_a_cluster_that_is_not_there(place: Workplace) -> None:
@@ -141,14 +147,59 @@ def test_reproduce_refuses_what_is_not_ours(tiny: Workplace, tmp_path: Path) -> 
 
 
 @pytest.mark.ray
-def test_promote_moves_the_alias(tiny: Workplace) -> None:
-    assert "digits@candidate is now version 1" in tiny.quick(
-        "promote", "digits@1", "--alias", "candidate"
-    )
-    version = json.loads(
-        next((tiny.folder / "runs" / "register").glob("*/registered.json")).read_text()
-    )
-    assert version["version"] == "1"
+def test_promote_moves_an_alias_and_history_tells_it(tiny: Workplace) -> None:
+    promote = ["promote", "digits@1", "--alias", "candidate"]
+    assert tiny.quick(*promote) == "digits@candidate is now version 1\n"
+    assert tiny.quick(*promote) == "digits@candidate is version 1 already\n"
+    heading, move = tiny.quick("history", "digits", "--alias", "candidate").splitlines()
+    assert heading.split() == ["when", "from", "to", "by"]
+    assert move.split()[1:] == ["1", "promote"]
+    output = tiny.quick("rollback", "digits", "--alias", "candidate", code=2)
+    assert "digits@candidate was at no other version before: it stays version 1" in output
+    assert "digits@other was not moved yet" in tiny.quick("history", "digits", "--alias", "other")
     assert "reads as a version" in error_of(
         tiny.quick("promote", "digits@1", "--alias", "v2", code=2)
     )
+
+
+@pytest.mark.ray
+def test_rollback_points_the_alias_at_the_version_before(tiny: Workplace) -> None:
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tiny.folder / 'mlflow.db'}"
+    client = MlflowClient(uri, uri)
+    second = client.create_model_version("digits", source="s3://nowhere/x").version
+    try:
+        for version in ("1", second):
+            tiny.quick("promote", f"digits@{version}", "--alias", "back")
+        output = tiny.quick("rollback", "digits", "--alias", "back")
+        assert output == f"digits@back is now version 1, was version {second}\n"
+    finally:
+        client.delete_model_version("digits", second)
+
+
+@pytest.mark.ray
+def test_lineage_leads_from_an_image_to_the_hash_of_the_source(
+    tiny: Workplace, tmp_path: Path
+) -> None:
+    image = next((tiny.folder / "runs" / "sample").glob("*/0013.png"))
+    lines = tiny.quick("lineage", str(image)).splitlines()
+    chain = {line[:10].strip(): line[10:] for line in lines[: lines.index("config") + 1]}
+    assert chain["image"].startswith(f"{image}, image 13 of seed ")
+    assert "steps 4" in chain["drawn"] and "sampler ddim" in chain["drawn"]
+    assert chain["model"].startswith("digits@1, digest ")
+    assert chain["gate"] == "champion is now version 1"
+    for what, stage in (("train", "train"), ("shards", "preprocess"), ("evaluate", "evaluate")):
+        assert tiny.manifest(stage)["id"] in chain[what]
+    shards = tiny.manifest("preprocess")["stats"]
+    assert chain["source"] == shards["source"]
+    assert shards["source_sha256"] in chain["sha256"]
+    assert "torch 2." in chain["versions"]
+    assert "  steps: 60" in lines, "the config follows"
+    of_model = tiny.quick("lineage", "digits@champion").splitlines()
+    assert of_model == lines[lines.index(of_model[0]) :]
+
+    elsewhere = Workplace(tmp_path)
+    gone = error_of(elsewhere.quick("lineage", str(image), code=2))
+    assert f"the model that made {image} is gone: there is no model 'digits'" in gone
+    assert "is gone" in error_of(elsewhere.quick("reproduce", str(image), code=2))

@@ -31,6 +31,24 @@ def test_the_tiny_config_of_the_tests_loads() -> None:
     ("override", "sentence"),
     [
         ("training.lrr=1", "training.lrr is not a known key; did you mean training.lr?"),
+        (
+            "evaluation.over_steps={samplers: [ddim], steps: [5, 5000]}",
+            "evaluation.over_steps: ddim with 5000 steps: steps=5000 must be from 1 to the model's",
+        ),
+        (
+            "evaluation.over_steps={samplers: [], steps: [5]}",
+            "evaluation.over_steps: name at least one of samplers and one of steps",
+        ),
+        (
+            "evaluation.over_steps={samplers: [ddimm], steps: [5]}",
+            "evaluation.over_steps.samplers.0='ddimm' is wrong: should be 'ancestral', 'ddim'",
+        ),
+        (
+            "evaluation.extractor={file: x.pth, sha256: '"
+            + "0" * 64
+            + "', name: inception, image_size: 299}",
+            "evaluation.extractor.file: 'x.pth' must end in .pt (TorchScript) or .onnx",
+        ),
         ("trainin.lr=3", "trainin is not a known key; did you mean training?"),
         ("lr=3", "lr is not a known key; did you mean training.lr?"),
         ("xyzzy.q=3", "xyzzy is not a known key"),

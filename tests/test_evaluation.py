@@ -87,9 +87,15 @@ def test_holdout_loss_of_a_model_that_predicts_zero_is_one() -> None:
     model = make_model(["a"] * 10)
     zeros = {name: torch.zeros_like(t) for name, t in model.network.state_dict().items()}
     _, holdout = digits()
-    loss, error = holdout_loss(build_model(model.spec, zeros, ""), holdout, seed=0)
+    found = holdout_loss(build_model(model.spec, zeros, ""), holdout, seed=0)
+    loss, error, _ = found.estimate()
     assert loss == pytest.approx(1.0, abs=4 * error)
     assert error == pytest.approx(math.sqrt(2 / 64 / 300), rel=0.2)
-    assert holdout_loss(build_model(model.spec, zeros, ""), holdout, seed=0) == (loss, error)
+    again = holdout_loss(build_model(model.spec, zeros, ""), holdout, seed=0)
+    assert torch.equal(again.loss, found.loss)
+    curve = found.curve()
+    assert len(curve["t"]) == 20
+    assert curve["t"] == sorted(curve["t"])
+    assert np.mean(curve["loss"]) == pytest.approx(loss)
     empty = ImageSet(holdout.images[:0], holdout.labels[:0], [])
-    assert all(math.isnan(value) for value in holdout_loss(model, empty, 0))
+    assert math.isnan(holdout_loss(model, empty, 0).estimate().value)

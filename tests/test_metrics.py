@@ -12,7 +12,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from pipeline.errors import DataError
-from pipeline.evaluation.estimate import NORMAL_95, Estimate, mean_of
+from pipeline.evaluation.estimate import NORMAL_95, Estimate, mean_of, share_of
 from pipeline.evaluation.frechet import (
     fit_gaussian,
     frechet_distance,
@@ -218,6 +218,20 @@ def test_the_interval_of_a_mean_has_it_in_95_of_100_draws() -> None:
         low, high = mean_of(torch.rand(50, generator=generator)).to_json()["interval"]
         held += low < 0.5 < high
     assert 0.92 < held / 1000 < 0.97
+
+
+def test_the_interval_of_a_share_has_it_in_95_of_100_draws_and_never_shrinks_to_a_point() -> None:
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(2000):
+        low, high = share_of(torch.rand(40, generator=generator) < 0.95).to_json()["interval"]
+        held += low < 0.95 < high
+    assert 0.93 < held / 2000 < 0.98
+    low, high = share_of(torch.ones(500, dtype=torch.bool)).to_json()["interval"]
+    assert high == 1.0
+    assert 0.99 < low < 0.995
+    p, error, _ = share_of(torch.arange(10) < 3)
+    assert (p, error) == (0.3, pytest.approx(math.sqrt(0.3 * 0.7 / 10)))
 
 
 def test_of_one_image_no_interval_is_claimed() -> None:

@@ -18,6 +18,7 @@ from pipeline.networks.dit import DiTConfig
 from pipeline.networks.embedding import sinusoidal_embedding
 from pipeline.networks.unet import (
     DoublingConv2d,
+    HalvingConv2d,
     ResidualBlock,
     SelfAttention,
     UNet,
@@ -35,6 +36,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"head_channels": 4},
     {"resample": "block"},
     {"conditioning": "add", "head_channels": 2, "resample": "block", "blocks_per_level": 1},
+    {"halving_padding": "after", "sines_first": True, "frequency_shift": 1, "norm_groups": 2},
 ]
 
 
@@ -105,6 +107,47 @@ def test_the_sinusoidal_embedding_tells_neighbours_apart_in_any_precision() -> N
     assert sinusoidal_embedding(torch.tensor([0]), 4).tolist() == [[1, 1, 0, 0]]
 
 
+def test_the_embedding_of_ho_et_al_has_sines_first_and_ends_at_a_frequency_of_1_in_10_000() -> None:
+    t = torch.tensor([3, 750])
+    got = sinusoidal_embedding(t, 8, sines_first=True, shift=1)
+    angle = t.double()[:, None] * 10_000.0 ** -(torch.arange(4, dtype=torch.float64) / 3)
+    torch.testing.assert_close(
+        got.double(), torch.cat([angle.sin(), angle.cos()], 1), atol=1e-4, rtol=0
+    )
+
+
+def test_a_halving_convolution_sees_zeros_only_after_the_image() -> None:
+    layer, x = HalvingConv2d(1), torch.zeros(1, 1, 4, 4)
+    nn.init.ones_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    x[0, 0, 0, 0] = 1  # under the kernel of the first output alone
+    x[0, 0, 3, 3] = 2  # of the last alone
+    assert layer(x).tolist() == [[[[1, 0], [0, 2]]]]
+
+
+def test_groups_that_do_not_divide_a_layer_are_refused() -> None:
+    with pytest.raises(ValueError, match="norm_groups=3 must divide base_channels=8"):
+        make(norm_groups=3)
+
+
+def test_norms_have_the_groups_and_the_eps_of_the_config() -> None:
+    def norms(**values: object) -> set[tuple[int, int, float]]:
+        layers = make(attention_at=[], **values).modules()
+        found = [layer for layer in layers if isinstance(layer, nn.GroupNorm)]
+        return {(layer.num_channels, layer.num_groups, layer.eps) for layer in found}
+
+    assert norms() == {(8, 2, 1e-5), (16, 4, 1e-5), (24, 2, 1e-5), (32, 8, 1e-5)}
+    widths = (8, 16, 24, 32)
+    assert norms(norm_groups=4, norm_eps=1e-6) == {(width, 4, 1e-6) for width in widths}
+
+
+def test_a_setting_that_came_later_does_not_change_the_digest_of_a_model() -> None:
+    """It is taken of what has not its default."""
+    config = UNetConfig(base_channels=8, channel_multipliers=[1, 2])
+    given = {"base_channels": 8, "channel_multipliers": [1, 2]}
+    assert config.model_dump(exclude_defaults=True) == given
+
+
 def test_a_size_the_levels_do_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match=r"image_size=10 is not a multiple of 4"):
         make(size=10, channel_multipliers=[1, 2, 2])
@@ -141,7 +184,8 @@ def test_the_default_network_is_that_of_checkpoints_from_before_the_other_settin
 
 
 def test_attention_is_that_of_torch_with_as_many_heads() -> None:
-    ours = SelfAttention(32, 8)
+    config = UNetConfig(base_channels=32, channel_multipliers=[1], head_channels=8)
+    ours = SelfAttention(32, config)
     nn.init.normal_(ours.out.weight, std=0.1)
     peer = nn.MultiheadAttention(32, 4, batch_first=True)
     peer.load_state_dict(

@@ -29,6 +29,7 @@ from pipeline import storage
 from pipeline.data.images import png
 from pipeline.data.sources import DataConfig
 from pipeline.errors import DataError
+from pipeline.evaluation.real_images import extractor_of, write_tensors
 from pipeline.registry.models import read_checkpoint
 from tasks.preprocess import check_bad_share
 from tests.conftest import ROOT, Workplace, end, ray_workers, tiny_command, wait_for
@@ -128,6 +129,72 @@ def test_the_mlflow_run_tells_the_training(tiny: Workplace) -> None:
     waits = [share for _, share in metric_history(tiny, "data_wait")]
     assert len(waits) == 12
     assert all(0 <= share < 1 for share in waits)
+
+
+def test_every_figure_says_how_it_was_measured_and_every_missing_one_why(tiny: Workplace) -> None:
+    stats = tiny.manifest("evaluate")["stats"]
+    figures = stats["figures"]
+    assert {"holdout_loss", "class_accuracy", "kd_cnn_digits", "recall_cnn_digits"} <= set(figures)
+    for figure in figures.values():
+        low, high = figure["interval"]
+        assert low <= figure["value"] <= high
+        assert figure["n"] > 0
+        assert figure["better"] in ("lower", "higher")
+        assert figure["measured"]["weights"] == "ema"
+    shard_set = tiny.manifest("preprocess")["id"]
+    assert figures["kd_cnn_digits"]["measured"]["reference"] == shard_set
+    assert figures["holdout_loss"]["measured"]["held_out"] == shard_set
+    assert figures["kd_cnn_digits"]["measured"]["sampling"]["steps"] == 4
+    extractor = tiny.manifest("reference")["stats"]["extractor"]
+    assert figures["kd_cnn_digits"]["measured"]["extractor"] == extractor["digest"]
+    floor = figures["kd_cnn_digits"]["floor"]
+    assert floor["n"] == 20
+    assert floor["real"] < floor["samples"], "of a network that was hardly trained"
+    assert "needs at least 129 images a set, here are 20" in stats["skipped"]["fd_cnn_digits"]
+    assert len(metric_history(tiny, "kd_cnn_digits")) == 1
+
+
+def test_a_killed_evaluation_goes_on_with_the_samples_that_it_had(
+    tiny: Workplace, tmp_path: Path
+) -> None:
+    place = place_with_shards(tiny, tmp_path)
+    shutil.copytree(tiny.folder / "runs" / "train", place.folder / "runs" / "train")
+    more = [
+        "evaluation.samples=60",
+        "evaluation.over_steps={samplers: [ddim, heun], steps: [2, 4], samples: 8}",
+    ]
+    said = place.ddpm(*tiny_command("status", *more))
+    (stage_id,) = re.findall(r"runs/evaluate/([0-9a-f]{16})", said)
+    folder = place.folder / "runs" / "evaluate" / stage_id
+    (reference,) = (place.folder / "runs" / "reference").iterdir()
+    extractor = extractor_of(str(reference))
+    assert extractor is not None
+    black = np.zeros((48, 8, 8, 1), np.uint8)  # by which they are known
+    features, log_probs = extractor(black)
+    assert log_probs is not None
+    had = {
+        "pixels": torch.from_numpy(black),
+        "evaluations": torch.full((48,), 1000),
+        "features": features,
+        "log_probs": log_probs,
+    }
+    samples = folder / "samples" / "figures"
+    write_tensors(str(samples / "00000.safetensors"), had)
+    (samples / "00001.safetensors").write_bytes(b"torn")
+    place.run_tiny(*more, verb="evaluate")
+    stats = place.manifest("evaluate")["stats"]
+    assert stats["protocol"]["network_evaluations"] == (48 * 1000 + 12 * 8) / 60
+    assert stats["figures"]["class_accuracy"]["n"] == 60
+    points = stats["protocol"]["over_steps"]
+    assert [(point["sampler"], point["evaluations"]) for point in points] == [
+        ("ddim", 4.0),
+        ("ddim", 8.0),
+        ("heun", 6.0),
+        ("heun", 14.0),
+    ], "guided, so two for each network evaluation; Heun's last step has one"
+    assert {"kd_cnn_digits", "recall_cnn_digits"} <= set(points[0]["figures"])
+    names = ["grid.png", "manifest.json", "metrics.json", "neighbours.png", "over_steps.png"]
+    assert sorted(path.name for path in folder.iterdir()) == [*names, "timesteps.png"]
 
 
 def test_the_second_run_finds_everything_cached(tiny: Workplace) -> None:

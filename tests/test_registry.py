@@ -1,29 +1,40 @@
 """MLflow: one run a training, one version a content, and sentences when something is not there."""
 
 import contextlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from safetensors.torch import save as save_tensors
 
 from pipeline.errors import CorruptArtifact, ModelNotFound, RequestError, StorageError
+from pipeline.registry.aliases import promote
+from pipeline.registry.folder import model_digest, model_files
 from pipeline.registry.models import (
     ModelReference,
+    check_name,
     find_version,
     load_model,
-    model_files,
     parse_reference,
     read_tag,
     register,
     resolve,
-    set_alias,
 )
 from pipeline.registry.runs import TrackedRun
 from pipeline.serving.engine import ImageRequest
+from tests.conftest import ROOT
 from tests.test_engine import SETTINGS, alone, make_model
 
 
@@ -47,7 +58,7 @@ def files(name: str = "a") -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def champion(uri: str) -> ModelReference:
     reference = register(TrackedRun(uri, "shapes", "t1", {"lr": 1}), "shapes", files(), {"x": "y"})
-    set_alias(reference, "champion")
+    promote(reference, "champion")
     return reference
 
 
@@ -213,6 +224,13 @@ def test_parse_reference() -> None:
     assert parse_reference("models:/digits/7") == ("digits", "7")
 
 
+@pytest.mark.parametrize("name", ["a@b", "models:/a", "", "-a", "a b", "a" * 101])
+def test_a_name_that_no_model_may_have_is_refused(name: str) -> None:
+    with pytest.raises(RequestError, match="is not the name of a model alone"):
+        check_name(name)
+    assert check_name("a-1_b.c") == "a-1_b.c"
+
+
 def test_a_registered_model_is_the_model_that_was_registered(
     uri: str, champion: ModelReference
 ) -> None:
@@ -224,12 +242,27 @@ def test_a_registered_model_is_the_model_that_was_registered(
     assert np.array_equal(alone(model, request), alone(original, request))
 
 
-def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+def test_a_damaged_model_is_refused(tmp_path: Path) -> None:
     for name, data in files().items():
         damaged = data[:-1] + bytes([data[-1] ^ 1]) if name.endswith(".safetensors") else data
         (tmp_path / name).write_bytes(damaged)
     with pytest.raises(CorruptArtifact, match="weights.safetensors does not match"):
         load_model(str(tmp_path))
+    (tmp_path / "weights.safetensors").write_bytes(files()["weights.safetensors"])
+    load_model(str(tmp_path))
+    whole = json.loads(files()["model.json"])
+    for key, value, sentence in (
+        ("spec", whole["spec"] | {"class_names": ["b", "a", "c"]}, "does not match its recorded"),
+        ("spec", whole["spec"] | {"image_size": "wide"}, "has a spec that is none"),
+        ("digest", whole["digest"][::-1], "does not match its recorded digest"),
+    ):
+        (tmp_path / "model.json").write_text(json.dumps(whole | {key: value}))
+        with pytest.raises(CorruptArtifact, match=f"model.json {sentence}"):
+            load_model(str(tmp_path))
+    for text in ("[]", "{", "{}"):
+        (tmp_path / "model.json").write_text(text)
+        with pytest.raises(CorruptArtifact, match="is not the description of a model"):
+            load_model(str(tmp_path))
     with pytest.raises(ModelNotFound, match="holds neither"):
         load_model(str(tmp_path / "nowhere"))
 
@@ -250,6 +283,7 @@ def test_mlflow_loads_and_predicts(
         alone(make_model(["a", "b", "c"]), ImageRequest(5, i, 1, SETTINGS[0])) for i in range(3)
     ]
     assert np.array_equal(images, np.stack(wanted))
+    assert np.array_equal(loaded.predict([request | {"n": 1}, request])[1:], images)
     rows = pd.DataFrame([{"n": 2, "seed": 5, "label": 1, "steps": 5}, {"seed": 6, "steps": 5}])
     table = loaded.predict(rows)
     assert table.shape == (3, 8, 8, 1)
@@ -261,12 +295,189 @@ def test_mlflow_loads_and_predicts(
         ({"n": 2.5}, "n: Input should be a valid integer"),
         ({"seed": -1}, "seed: Input should be greater"),
         ({"steps": 5000}, "steps=5000 must be from 1 to the model's 1000"),
-        ([1, 2], "takes a dict or a DataFrame"),
+        ([1, 2], "takes a dict, a list of dicts or a DataFrame"),
+        ([], "at least one request"),
         ({"label": 9}, "label=9 is not a class"),
         ({"sampler": "magic"}, "sampler: Input should be"),
     ):
         with pytest.raises(RequestError, match=sentence):
             loaded.predict(wrong)
+
+
+def test_the_signature_names_every_setting_and_the_pixels(champion: ModelReference) -> None:
+    from mlflow.models import Model
+
+    from pipeline.registry.flavor import PredictRequest
+
+    signature = Model.from_dict(yaml.safe_load(files()["MLmodel"])).signature
+    (request,) = signature.inputs.inputs
+    fields = {field.name: field for field in request.type.properties}
+    assert set(fields) == set(PredictRequest.model_fields)
+    assert not any(field.required for field in fields.values())
+    for name, kind in (("n", "long"), ("guidance", "double"), ("label", "long")):
+        assert fields[name].dtype.name == kind
+    (images,) = signature.outputs.inputs
+    assert (images.type, images.shape) == (np.dtype(np.uint8), (-1, 8, 8, 1))
+
+
+def test_mlflows_scoring_server_serves_it(
+    uri: str, champion: ModelReference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `mlflow models serve --env-manager local` runs, without its process and its port."""
+    import mlflow
+    from mlflow.pyfunc import scoring_server
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    loaded = mlflow.pyfunc.load_model("models:/shapes@champion")
+
+    def post(body: object) -> Any:
+        schema = loaded.metadata.get_input_schema()
+        return scoring_server.invocations(json.dumps(body), "application/json", loaded, schema)
+
+    request = {"n": 2, "seed": 5, "label": 1, "steps": 5, "guidance": 2}
+    reply = post({"inputs": [request]})
+    assert reply.status == 200
+    assert np.array_equal(json.loads(reply.response)["predictions"], loaded.predict(request))
+    with pytest.raises(mlflow.MlflowException) as refused:
+        post({"inputs": [{"step": 5}]})
+    assert "'step' is not one of" in refused.value.serialize_as_json()
+
+
+def test_requirements_pin_what_the_loader_imports() -> None:
+    """Each line is what is installed here, and nothing that loading imports is missing."""
+    pins = files()["requirements.txt"].decode().splitlines()
+    assert pins.pop(0).startswith("# and ray-ddpm itself")
+    named = dict(pin.split("==") for pin in pins)
+    assert named == {name: version(name).partition("+")[0] for name in named}
+    code = "import sys, pipeline.registry.flavor; print(*{m.split('.')[0] for m in sys.modules})"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    owners = packages_distributions()
+    loaded = {owners[name][0].lower() for name in result.stdout.split() if name in owners}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    stated = {re.match(r"[\w-]+", line)[0].lower() for line in project["dependencies"]}
+    assert loaded & stated <= {name.lower() for name in named}
+
+
+def test_the_card_states_data_figures_lineage_and_what_is_missing() -> None:
+    model = make_model(["a", "b", "c"])
+    weights = save_tensors(model.network.state_dict())
+    scores = {
+        "protocol": {"n": 20, "weights": "ema"},
+        "figures": {
+            "class_accuracy": {
+                "value": 0.9,
+                "interval": [0.7, 0.97],
+                "n": 20,
+                "better": "higher",
+            },
+            "fd_x": {"value": 5.0, "interval": None, "n": 20, "better": "lower"},
+        },
+        "skipped": {"kd_x": "too few"},
+    }
+    lineage = {
+        "source": "builtin:digits",
+        "source_sha256": "abc",
+        "train_id": "t17",
+        "config": {"name": "shapes", "training": {"steps": 5}},
+    }
+    made = model_files(model.spec, weights, lineage, scores, b"a picture")
+    assert made["grid.png"] == b"a picture"
+    card = made["README.md"].decode()
+    for part in (
+        "# shapes\n",
+        "draws grey images of 8x8 pixels of 3 classes",
+        f"Model `{model_digest(model.spec, weights)}`",
+        "![Samples](grid.png)",
+        "- source: `builtin:digits`",
+        "- classes: a, b, c",
+        "| `class_accuracy` | 0.9 [0.7, 0.97] | 20 | higher |",
+        "| `fd_x` | 5 | 20 | lower |",
+        "- no `kd_x`: too few",
+        "| train_id | t17 |",
+        "  steps: 5",
+        "## Limits",
+    ):
+        assert part in card, part
+    plain = model_files(model.spec, weights, {})
+    assert "grid.png" not in plain
+    assert "None were measured." in plain["README.md"].decode()
+    assert plain["weights.safetensors"] == weights
+    assert json.loads(plain["model.json"])["digest"] == json.loads(made["model.json"])["digest"]
+
+
+def test_a_card_is_written_anew_with_what_was_learned_since(
+    uri: str, champion: ModelReference
+) -> None:
+    card = {"README.md": b"another evaluation", "grid.png": b"another picture"}
+    again = register(TrackedRun(uri, "shapes", "t9", {}), "shapes", files() | card, {})
+    assert again == champion
+    (folder,) = [
+        path.parent
+        for path in Path(uri.removeprefix("sqlite:///")).parent.rglob("README.md")
+        if champion.digest == path.parent.name
+    ]
+    assert (folder / "README.md").read_bytes() == b"another evaluation"
+    assert (folder / "grid.png").read_bytes() == b"another picture"
+    load_model(champion.uri, uri)
+
+
+def test_the_same_content_from_two_at_once_is_one_version(uri: str) -> None:
+    runs = [TrackedRun(uri, "shapes", f"twin-{i}", {}) for i in range(2)]
+    content, made = files("twin"), list[ModelReference]()
+    together = threading.Barrier(2)
+
+    def finish(run: TrackedRun) -> None:
+        together.wait()
+        made.append(register(run, "twins", content, {}))
+
+    threads = [threading.Thread(target=finish, args=(run,)) for run in runs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [reference.version for reference in made] == ["1", "1"]
+    assert len(runs[0].client.search_model_versions("name = 'twins'")) == 1
+
+
+def test_a_version_that_was_replaced_deleted_or_lost_is_named(uri: str) -> None:
+    run = TrackedRun(uri, "shapes", "doomed", {})
+    doomed = register(run, "doomed", files("doomed"), {})
+    other = register(run, "doomed", files("other"), {})
+    (folder,) = Path(uri.removeprefix("sqlite:///")).parent.rglob(doomed.digest)
+    (source,) = Path(uri.removeprefix("sqlite:///")).parent.rglob(other.digest)
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(CorruptArtifact, match=f"holds the model {other.digest}, the registry says"):
+        load_model(doomed.uri, uri)
+    shutil.rmtree(folder)
+    with pytest.raises(StorageError, match="the files of doomed@1 cannot be read from runs:/"):
+        load_model(doomed.uri, uri)
+    run.client.delete_model_version("doomed", "1")
+    for call in (lambda: load_model(doomed.uri, uri), lambda: read_tag(doomed, "x")):
+        with pytest.raises(ModelNotFound, match="no version 1 of the model 'doomed'.*versions 2"):
+            call()
+
+
+def test_an_alias_that_points_nowhere_is_named(
+    uri: str, champion: ModelReference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's own stores drop the aliases of a version with it; others need not."""
+    from mlflow.entities.model_registry import RegisteredModel
+
+    monkeypatch.setattr(RegisteredModel, "aliases", {"best": "77"})
+    with pytest.raises(ModelNotFound, match="shapes@best is version 77, which was deleted: point"):
+        resolve("shapes@best", uri)
+
+
+def test_a_server_that_is_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(
+        StorageError, match="MLflow at http://127.0.0.1:9 cannot be used: "
+    ) as error:
+        resolve("digits@champion", "http://127.0.0.1:9")
+    assert "\n" not in str(error.value)
 
 
 def test_a_store_that_cannot_be_used_is_named(tmp_path: Path) -> None:

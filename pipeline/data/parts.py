@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from pipeline import storage
-from pipeline.data.shards import corrupt, images_of, labels_of
+from pipeline.data.shards import NO_IMAGES, ImageSet, corrupt, images_of, labels_of
 from pipeline.errors import CorruptArtifact, DataError, StorageError
+from pipeline.seeding import key, permutation
 from pipeline.storage import FileEntry
 
 COLUMNS = ["image", "label"]
@@ -153,6 +154,38 @@ def keys_at(parts: list[Part], indices: np.ndarray) -> list[str]:
             of_part = pq.read_table(file, columns=["key"])["key"].to_pylist()
         keys |= dict(enumerate(of_part, start=int(ends[i]) - len(of_part)))
     return [keys[index] for index in indices.tolist()]
+
+
+def images_at(shard_set: str, split: str, indices: np.ndarray) -> ImageSet:
+    """The images of a split at some indices, in that order; what lies between is let go of.
+
+    Raises:
+        FileNotFoundError: the ShardSet is not complete.
+        CorruptArtifact: a part is missing or damaged.
+        StorageError: a part cannot be read.
+    """
+    if not len(indices):
+        return NO_IMAGES
+    parts = read_parts(shard_set, split)
+    rising = np.unique(indices)
+    images, labels, begin = [], [], 0
+    for part in parts:
+        rows = rising[(rising >= begin) & (rising < begin + part.num_images)] - begin
+        begin += part.num_images
+        if len(rows):
+            images.append(np.stack(list(part.read_images(rows.tolist()))))
+            labels.append(part.read_labels()[rows])
+    place = np.searchsorted(rising, indices)
+    return ImageSet(
+        np.concatenate(images)[place],
+        np.concatenate(labels)[place],
+        keys_at(parts, indices),
+    )
+
+
+def choose(n: int, most: int, seed: int) -> np.ndarray:
+    """The numbers below n, or `most` of them, chosen by the seed; rising."""
+    return np.sort(permutation(key(seed, "sample"), n)[:most]) if n > most else np.arange(n)
 
 
 def read_footer(shard_set: str, entry: FileEntry) -> Part:

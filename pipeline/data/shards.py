@@ -176,6 +176,9 @@ class ImageSet:
         return len(self.images)
 
 
+NO_IMAGES = ImageSet(np.empty((0, 1, 1, 1), np.uint8), np.empty(0, np.int64), [])
+
+
 def read_split(shard_set: str, split: str) -> ImageSet:
     """All images of a split of a ShardSet, in the order of the parts.
 
@@ -195,5 +198,5 @@ def read_split(shard_set: str, split: str) -> ImageSet:
             labels.append(labels_of(table))
             keys.extend(table["key"].to_pylist())
     if not images:
-        return ImageSet(np.empty((0, 1, 1, 1), np.uint8), np.empty(0, np.int64), [])
+        return NO_IMAGES
     return ImageSet(np.concatenate(images), np.concatenate(labels), keys)

@@ -19,6 +19,7 @@ from pipeline.diffusion.elbo import Elbo, elbo
 from pipeline.diffusion.gaussian import one_by_one
 from pipeline.diffusion.likelihood import bits_per_dim, dequantised, draw_signs
 from pipeline.errors import UserError
+from pipeline.evaluation.estimate import mean_of
 from pipeline.samplers.model import Model
 from pipeline.seeding import key, normal, permutation
 
@@ -39,7 +40,7 @@ class OdeBits(NamedTuple):
     """Of the network, (B, draws) int64; each with D backward passes if the trace is exact, or 1."""
 
 
-def choose(count: int, held_out: int, seed: int) -> list[np.ndarray]:
+def choose_chunks(count: int, held_out: int, seed: int) -> list[np.ndarray]:
     """`count` of the held-out images, or all if there are fewer, in chunks of positions.
 
     In a random order: the held-out set may lie class by class. More images contain fewer.
@@ -53,10 +54,10 @@ def elbo_of(
 ) -> Elbo:
     """The variational bound of some images, all timesteps, of the chain that samples are drawn by.
 
-    That clips x̂_0 to the range of the data. It matters where ε is predicted: at the end of the
+    It clips x̂_0 to the range of the data. It matters where ε is predicted: at the end of the
     cosine schedule an error of it is 20,291 times as large in x̂_0.
     """
-    x_0, labels = _batch(model, images, positions, device)
+    x_0, labels = _batch(model, images, device)
 
     def predict(x_t: Tensor, t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor | None]:
         x = x_t.float().to(device)
@@ -91,7 +92,7 @@ def ode_bits_of(
             "evaluation.ode_images must be 0 for a model with zero_terminal_snr: the ODE would end "
             "at its last timestep, whose log-SNR is not finite"
         )
-    x_0, labels = _batch(model, images, positions, device)
+    x_0, labels = _batch(model, images, device)
 
     def predict_x_0(x_t: Tensor, log_snr: Tensor) -> Tensor:
         t = one_by_one(model.schedule.t_at, log_snr)
@@ -111,13 +112,11 @@ def ode_bits_of(
     return OdeBits(torch.stack(bits, dim=1), torch.stack(evaluations, dim=1))
 
 
-def _batch(
-    model: Model, images: ImageSet, positions: np.ndarray, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _batch(model: Model, images: ImageSet, device: torch.device) -> tuple[Tensor, Tensor]:
     """x_0 (B, C, H, W) float64 and the labels (B,), ∅ for an image without one."""
     model.network.to(device)
-    x_0 = to_unit(torch.from_numpy(images.images[positions])).double()
-    labels = torch.from_numpy(images.labels[positions])
+    x_0 = to_unit(torch.from_numpy(images.images)).double()
+    labels = torch.from_numpy(images.labels)
     return x_0, labels.masked_fill(labels == NO_LABEL, model.spec.num_classes)
 
 
@@ -132,7 +131,8 @@ def summarise_elbo(chunks: Sequence[Elbo]) -> dict[str, Any]:
     T = len(curve)
     edges = np.unique(np.linspace(1, T, min(CURVE_POINTS, T - 1) + 1).astype(int)).tolist()
     return {
-        **_mean(prior + terms.sum(1)),
+        **mean_of(prior + terms.sum(1)).to_json(),
+        "n": len(terms),
         "by_term": {
             "prior": float(prior.mean()),
             "kl": float(curve[1:].sum()),
@@ -154,7 +154,8 @@ def summarise_ode(chunks: Sequence[OdeBits], trace: Trace) -> dict[str, Any]:
     draws = bits.shape[1]
     spread = float(bits.var(1).mean().sqrt()) if draws > 1 else None
     return {
-        **_mean(bits.mean(1)),
+        **mean_of(bits.mean(1)).to_json(),
+        "n": len(bits),
         "trace": trace,
         "draws": draws,
         "spread_of_draws": spread,
@@ -163,13 +164,4 @@ def summarise_ode(chunks: Sequence[OdeBits], trace: Trace) -> dict[str, Any]:
         "rtol": TOLERANCE,
         "atol": TOLERANCE,
         "network_evaluations": float(evaluations.double().mean()),
-    }
-
-
-def _mean(bits: Tensor) -> dict[str, Any]:
-    n = len(bits)
-    return {
-        "value": float(bits.mean()),
-        "standard_error": float(bits.std() / math.sqrt(n)) if n > 1 else None,
-        "n": n,
     }

@@ -1,20 +1,48 @@
 """Figures of merit of a diffusion model."""
 
 import math
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor
 
 from pipeline.data.images import to_unit
 from pipeline.data.shards import NO_LABEL, ImageSet
 from pipeline.diffusion.gaussian import q_sample
 from pipeline.diffusion.losses import simple_loss
 from pipeline.diffusion.parameterisation import target
+from pipeline.evaluation.estimate import Estimate, mean_of
+from pipeline.evaluation.extractors import ExtractorConfig
 from pipeline.evaluation.features import TrainedClassifier, predict
 from pipeline.evaluation.likelihood import Trace
 from pipeline.samplers.model import Model
+from pipeline.samplers.plan import SamplerName, SamplingConfig
 from pipeline.seeding import key, normal
+
+MOST_HELD_OUT = 4096
+"""Held-out images that the loss is measured of."""
+
+
+class OverStepsConfig(BaseModel, frozen=True, extra="forbid", strict=True):
+    """Samplers that are compared by what they make of few steps."""
+
+    samplers: Annotated[tuple[SamplerName, ...], Field(strict=False)]
+    steps: Annotated[tuple[int, ...], Field(strict=False)]
+    samples: int = Field(default=500, ge=2)
+    """Images drawn by each sampler with each number of steps."""
+
+    @model_validator(mode="after")
+    def _has_a_point(self) -> "OverStepsConfig":
+        if not self.samplers or not self.steps:
+            raise ValueError("name at least one of samplers and one of steps")
+        return self
+
+    def at(self, sampling: SamplingConfig, sampler: SamplerName, steps: int) -> SamplingConfig:
+        """The settings of `sampling` with another sampler and number of steps."""
+        values = sampling.model_dump() | {"sampler": sampler, "steps": steps}
+        return SamplingConfig.model_validate(values)
 
 
 class EvaluationConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -24,6 +52,10 @@ class EvaluationConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Images drawn, their labels going round the classes."""
     classifier_epochs: int = Field(default=30, ge=1)
     """Passes over the training images for the classifier that judges the samples."""
+    extractor: ExtractorConfig | None = None
+    """Of the features that figures compare; by default the classifier."""
+    over_steps: OverStepsConfig | None = None
+    """Draws a curve of quality over evaluations of the network, a point for each of its pairs."""
     elbo_images: int = Field(default=0, ge=0)
     """Held-out images whose variational bound is computed, all timesteps of it; 0 for none."""
     ode_images: int = Field(default=0, ge=0)
@@ -47,17 +79,35 @@ def class_accuracy(
     return p, math.sqrt(p * (1 - p) / len(labels)), predicted
 
 
-def holdout_loss(model: Model, images: ImageSet, seed: int, batch: int = 64) -> tuple[float, float]:
+class HoldoutLoss(NamedTuple):
+    """L_simple of held-out images, with one timestep each."""
+
+    t: Tensor
+    """(N,) int64, rising"""
+    loss: Tensor
+    """(N,) float64"""
+
+    def estimate(self) -> Estimate:
+        """The mean; NaN for an empty set."""
+        return mean_of(self.loss)
+
+    def curve(self) -> dict[str, list[float]]:
+        """The mean of each twentieth of the timesteps, the error of it, and the middle t."""
+        parts = [part for part in torch.tensor_split(torch.arange(len(self.t)), 20) if len(part)]
+        means = [mean_of(self.loss[part]) for part in parts]
+        return {
+            "t": [float(self.t[part].double().mean()) for part in parts],
+            "loss": [mean.value for mean in means],
+            "error": [mean.error if math.isfinite(mean.error) else 0.0 for mean in means],
+        }
+
+
+def holdout_loss(model: Model, images: ImageSet, seed: int, batch: int = 64) -> HoldoutLoss:
     """L_simple of held-out images with fixed noise and evenly spread timesteps.
 
     It is the loss in the model's own parameterisation, whatever it was weighted by in training.
-
-    Returns:
-        the mean over the images and its standard error; NaN for an empty set.
     """
     n = len(images)
-    if not n:
-        return math.nan, math.nan
     t = (
         torch.arange(n) * model.schedule.timesteps // n
     )  # stratified: every noise level has its part
@@ -75,5 +125,4 @@ def holdout_loss(model: Model, images: ImageSet, seed: int, batch: int = 64) -> 
         config = model.spec.diffusion
         wanted = target(config.prediction, x_0, eps, alpha_bar, config.sigma_data)
         losses.append(simple_loss(wanted, output))
-    loss = torch.cat(losses).double()
-    return float(loss.mean()), float(loss.std() / math.sqrt(n)) if n > 1 else math.nan
+    return HoldoutLoss(t, torch.cat(losses).double() if n else torch.empty(0).double())

@@ -6,15 +6,20 @@ import torch
 from torch import Tensor
 
 
-def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of t at dim/2 frequencies from 1 to 1/10,000.
+def sinusoidal_embedding(t: Tensor, dim: int, sines_first: bool = False, shift: int = 0) -> Tensor:
+    """Cosines and sines of t at dim/2 frequencies from 1 to about 1/10,000.
 
     t: (B,); returns (B, dim) float32. In bfloat16, timesteps above 256 would lose their last digit.
+
+    Args:
+        sines_first: the order of the two halves.
+        shift: with 1 the last frequency is 1/10,000 itself; with 0 the one after it would be.
     """
     half = dim // 2
-    frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
+    frequency = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / (half - shift))
     angle = t.float()[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    halves = [angle.sin(), angle.cos()] if sines_first else [angle.cos(), angle.sin()]
+    return torch.cat(halves, dim=1)
 
 
 def grid_embedding(side: int, dim: int) -> Tensor:

@@ -42,12 +42,31 @@ class UNetConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     (ADM, section 3, after BigGAN)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of a block's activations, before its second convolution, dropped in training."""
+    norm_groups: int | None = Field(default=None, ge=1)
+    """Of every GroupNorm. By default at most 32 of at least 4 channels, as each layer has room."""
+    norm_eps: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
+    """What a GroupNorm adds to a variance; 1e-6 in Ho et al. 2020."""
+    halving_padding: Literal["around", "after"] = "around"
+    """Where a convolution that halves the resolution sees zeros: all around the image, or only
+    right of it and below (Ho et al. 2020)."""
+    sines_first: bool = False
+    """Order of the sines and cosines that tell the timestep; in Ho et al. 2020 sines come first."""
+    frequency_shift: Literal[0, 1] = 0
+    """With 1, as in Ho et al. 2020, the lowest frequency of the timestep is 1/10,000 itself."""
 
     @model_validator(mode="after")
     def _multipliers_are_positive(self) -> "UNetConfig":
         if min(self.channel_multipliers) < 1:
             raise ValueError(
                 f"channel_multipliers={self.channel_multipliers} must be 1 or more each"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_divide_every_width(self) -> "UNetConfig":
+        if self.base_channels % (self.norm_groups or 1):
+            raise ValueError(
+                f"norm_groups={self.norm_groups} must divide base_channels={self.base_channels}"
             )
         return self
 
@@ -74,9 +93,10 @@ class UNetConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 )
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups, of at least 4 channels: groups of one would make a bias before it moot."""
-    return nn.GroupNorm(math.gcd(32, channels // 4), channels)
+def group_norm(channels: int, config: UNetConfig) -> nn.GroupNorm:
+    """At least 4 channels a group by default: groups of one would make a bias before it moot."""
+    groups = config.norm_groups or math.gcd(32, channels // 4)
+    return nn.GroupNorm(groups, channels, config.norm_eps)
 
 
 def zero_init(layer: nn.Conv2d) -> nn.Conv2d:
@@ -93,6 +113,17 @@ def half(x: Tensor) -> Tensor:
 
 def double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
+class HalvingConv2d(nn.Conv2d):
+    """A 3×3 convolution of stride 2, with zeros only right of the image and below."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W), H and W even; gives (B, C, H/2, W/2)."""
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
 class DoublingConv2d(nn.Conv2d):
@@ -133,11 +164,11 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.resample = resample
         self.scales = config.conditioning == "scale_shift"
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, config)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         # a shift alone where nothing is scaled
         self.scale_shift = nn.Linear(embedding_dim, out_channels * (2 if self.scales else 1))
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, config)
         self.dropout = AddressedDropout(config.dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = (
@@ -164,16 +195,12 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Over the H·W positions.
+    """Over the H·W positions."""
 
-    Args:
-        head_channels: None for one head of all channels.
-    """
-
-    def __init__(self, channels: int, head_channels: int | None) -> None:
+    def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
-        self.heads = channels // (head_channels or channels)
-        self.norm = group_norm(channels)
+        self.heads = channels // (config.head_channels or channels)
+        self.norm = group_norm(channels, config)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
@@ -204,9 +231,7 @@ class Stage(Block):
     ) -> None:
         super().__init__()
         self.block = ResidualBlock(in_channels, out_channels, embedding_dim, config)
-        self.attention = (
-            SelfAttention(out_channels, config.head_channels) if attend else nn.Identity()
-        )
+        self.attention = SelfAttention(out_channels, config) if attend else nn.Identity()
 
     def forward(
         self, x: Tensor, embedding: Tensor, keys: Tensor | None, skip: Tensor | None = None
@@ -241,7 +266,7 @@ class UNet(Backbone):
         super().__init__()
         config.check_image_size(image_size)
         base, E = config.base_channels, 4 * config.base_channels
-        self.base_channels = base
+        self.config = config
         self.num_classes = num_classes
         self.embed_t = nn.Sequential(nn.Linear(base, E), nn.SiLU(), nn.Linear(E, E))
         self.embed_label = nn.Embedding(num_classes + 1, E) if num_classes else None
@@ -252,11 +277,7 @@ class UNet(Backbone):
         self.down = nn.ModuleList()
         for level, multiplier in enumerate(config.channel_multipliers):
             if level:
-                self.down.append(
-                    ResidualBlock(width, width, E, config, half)
-                    if config.resample == "block"
-                    else nn.Conv2d(width, width, 3, stride=2, padding=1)
-                )
+                self.down.append(self._halving(width, E))
                 widths.append(width)
                 resolution //= 2
             for _ in range(config.blocks_per_level):
@@ -284,13 +305,26 @@ class UNet(Backbone):
                 resolution *= 2
         assert not widths
 
-        self.norm_out = group_norm(width)
+        self.norm_out = group_norm(width, config)
         self.conv_out = zero_init(nn.Conv2d(width, out_channels or channels, 3, padding=1))
         number_layers(self)
 
+    def _halving(self, width: int, embedding_dim: int) -> nn.Module:
+        config = self.config
+        if config.resample == "block":
+            return ResidualBlock(width, width, embedding_dim, config, half)
+        if config.halving_padding == "after":
+            return HalvingConv2d(width)
+        return nn.Conv2d(width, width, 3, stride=2, padding=1)
+
     def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """ε_θ of x_t (B, C, H, W), t (B,) and label (B,) int64, None if unconditional."""
-        embedding = self.embed_t(sinusoidal_embedding(t, self.base_channels))
+        config = self.config
+        embedding = self.embed_t(
+            sinusoidal_embedding(
+                t, config.base_channels, config.sines_first, config.frequency_shift
+            )
+        )
         if self.embed_label is not None:
             assert label is not None, "a conditional network needs a label a row (∅ = num_classes)"
             embedding = embedding + self.embed_label(label)

@@ -1,16 +1,19 @@
 """The MLflow pyfunc flavour: `mlflow.pyfunc.load_model("models:/digits@champion").predict(...)`.
 
 MLflow finds this module by its name in MLmodel and calls `_load_pyfunc`; nothing is unpickled.
+Over HTTP: `mlflow models serve -m models:/digits@champion --env-manager local`, with this
+environment's programs on the PATH; then POST `{"inputs": [{"n": 4, "seed": 1}]}` to `/invocations`.
 """
 
 from typing import Any
 
 import numpy as np
+import yaml
 from pydantic import Field, ValidationError
 
 from pipeline.errors import RequestError
 from pipeline.registry.models import load_model
-from pipeline.samplers.model import Model
+from pipeline.samplers.model import Model, ModelSpec
 from pipeline.samplers.plan import SamplingConfig, SolverSettings
 from pipeline.serving.engine import ImageRequest
 from pipeline.serving.offline import draw
@@ -36,9 +39,9 @@ class Sampler:
         """Images (N, H, W, C) uint8 of one or more requests, one after the other.
 
         Args:
-            model_input: a dict, or a DataFrame with a request a row, of n (default 1), seed (0),
-                label, steps (50), guidance (0), and the settings of SolverSettings (sampler,
-                spacing, order, eta, ...).
+            model_input: a dict, a list of them, or a DataFrame with a request a row, of n (default
+                1), seed (0), label, steps (50), guidance (0), and the settings of SolverSettings
+                (sampler, spacing, order, eta, ...).
 
         Raises:
             RequestError: an unknown name, or a value of the wrong type or out of range.
@@ -48,7 +51,13 @@ class Sampler:
         elif hasattr(model_input, "to_dict"):
             requests = model_input.to_dict("records")
         else:
-            raise RequestError("predict takes a dict or a DataFrame of n, seed, label, ...")
+            requests = model_input
+        if not isinstance(requests, list) or not all(isinstance(each, dict) for each in requests):
+            raise RequestError(
+                "predict takes a dict, a list of dicts or a DataFrame of n, seed, label, ..."
+            )
+        if not requests:
+            raise RequestError("predict takes at least one request, and was given none")
         return np.concatenate([self._draw(request) for request in requests])
 
     def _draw(self, given: dict[str, Any]) -> np.ndarray:
@@ -74,6 +83,50 @@ class Sampler:
             ImageRequest(request.seed, i, request.label, sampling) for i in range(request.n)
         ]
         return draw(self.model, requests).pixels
+
+
+def describe_for_mlflow(spec: ModelSpec) -> str:
+    """MLmodel: the loader module, and the signature, which MLflow shows and does not enforce.
+
+    It is marked as one from a type hint, as which MLflow hands the requests over as they are. It
+    would drop unknown names with no more than a line in a log, and refuse a whole number for a
+    float; PredictRequest takes the one and refuses the other.
+    """
+    import mlflow.pyfunc
+    from mlflow.models import Model as MlflowModel
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
+    from mlflow.types.schema import Object, Property
+
+    fields = PredictRequest.model_json_schema()["properties"]
+    properties = [
+        Property(name, _type_for_mlflow(field), required=False) for name, field in fields.items()
+    ]
+    channels, height, width = spec.image_shape
+    model = MlflowModel(
+        signature=ModelSignature(
+            inputs=Schema([ColSpec(Object(properties))]),
+            outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, height, width, channels))]),
+        )
+    )
+    mlflow.pyfunc.add_to_model(model, loader_module="pipeline.registry.flavor", data=".")
+    return yaml.safe_dump({**model.to_dict(), "is_signature_from_type_hint": True})
+
+
+def _type_for_mlflow(field: dict[str, Any]) -> Any:
+    """MLflow's type of a field of a JSON schema; None is what a field that is left out has."""
+    from mlflow.types import DataType
+    from mlflow.types.schema import Array
+
+    kind = next(part["type"] for part in (field, *field.get("anyOf", [])) if "type" in part)
+    types = {
+        "integer": DataType.long,
+        "number": DataType.double,
+        "string": DataType.string,
+        "boolean": DataType.boolean,
+        "array": Array(DataType.double),
+    }
+    return types[kind]
 
 
 def _plain(value: Any) -> Any:

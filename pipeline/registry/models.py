@@ -1,30 +1,46 @@
-"""Registered models: what is stored, how a reference is resolved, how weights become a Model again.
+"""Registered models: registered once a content, found by name, opened by hash.
 
-A model's folder holds `weights.safetensors` (the EMA weights), `model.json` (spec, digest, lineage)
-and `MLmodel`, so that `mlflow.pyfunc.load_model` opens it too. Loading executes nothing in it.
+Loading executes nothing that lies in a model's folder (see folder.py).
 """
+
+from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, field_validator
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from pipeline import storage
-from pipeline.errors import CorruptArtifact, ModelNotFound
-from pipeline.registry.runs import SQLITE, TrackedRun, explained, in_turn, make_client
+from pipeline.errors import CorruptArtifact, ModelNotFound, RequestError, StorageError
+from pipeline.registry.folder import (
+    CARD,
+    GRID,
+    MODEL_JSON,
+    model_digest,
+    read_description,
+    read_folder,
+)
+from pipeline.registry.gate import Rule
+from pipeline.registry.runs import TrackedRun, explained, first_line, log_artifact, make_client
+from pipeline.registry.turns import SQLITE, model_turn
 from pipeline.samplers.model import Model, ModelSpec, build_model
 from pipeline.training import checkpoint
 
-WEIGHTS = "weights.safetensors"
-MODEL_JSON = "model.json"
+if TYPE_CHECKING:  # importing mlflow takes seconds
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+    from mlflow.tracking import MlflowClient
+
 DIGEST_TAG = "ddpm.model_digest"
 SERVING_TAG = "ddpm.serving"
 """The `serving` section of the config that made a version, as JSON: how to serve it by default."""
+FIGURES_TAG = "ddpm.figures"
+"""The figures of a version as JSON: what the gate compares another version with."""
 ARTIFACT_FOLDER = "model"
 
 
@@ -32,7 +48,9 @@ class RegistryConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How a trained model is registered."""
 
     alias: str = Field(default="champion", pattern=r"^[A-Za-z0-9_-]+$")
-    """The alias that the new version takes over."""
+    """The alias that the new version takes over, if the rules hold."""
+    promote_if: dict[str, Rule] = {}
+    """Rules by the name of the figure; none: always."""
 
     @field_validator("alias")
     @classmethod
@@ -59,36 +77,6 @@ class ModelReference:
         return f"models:/{self.name}/{self.version}"
 
 
-def model_digest(spec: ModelSpec, weights: bytes) -> str:
-    """The identity of a model: of its spec and of the bytes of its weights.
-
-    What has its default does not count, so a setting that a later version brings changes none.
-    """
-    return storage.digest([spec.model_dump(exclude_defaults=True), storage.sha256(weights)])
-
-
-def model_files(spec: ModelSpec, weights: bytes, lineage: dict[str, Any]) -> dict[str, bytes]:
-    """The folder of a registered model, as names and contents."""
-    import mlflow.pyfunc
-    from mlflow.models import Model as MlflowModel
-
-    description = {
-        "format": 1,
-        "digest": model_digest(spec, weights),
-        "weights_sha256": storage.sha256(weights),
-        "spec": spec.model_dump(),
-        "lineage": lineage,
-    }
-    mlmodel = MlflowModel()
-    mlflow.pyfunc.add_to_model(mlmodel, loader_module="pipeline.registry.flavor", data=".")
-    return {
-        WEIGHTS: weights,
-        MODEL_JSON: json.dumps(description, indent=1, sort_keys=True).encode(),
-        "MLmodel": mlmodel.to_yaml().encode(),
-        "requirements.txt": b"ray-ddpm\n",
-    }
-
-
 def load_model(uri: str, tracking_uri: str | None = None) -> Model:
     """A model ready to sample from, from a registered version or from a checkpoint.
 
@@ -97,14 +85,18 @@ def load_model(uri: str, tracking_uri: str | None = None) -> Model:
         tracking_uri: of the registry, for `models:/`.
 
     Raises:
-        CorruptArtifact: the weights do not match their recorded sha256.
+        CorruptArtifact: what is there does not match its recorded hashes.
         ModelNotFound: there is no model at that place.
+        StorageError: the registry cannot be used, or the files are not where it says.
     """
+    wanted = None
     if uri.startswith("models:/"):
         assert tracking_uri is not None
-        uri = _download(uri, tracking_uri)
+        version = _version_at(uri, tracking_uri)
+        wanted = version.tags.get(DIGEST_TAG)
+        uri = _download(version, "", tracking_uri)
     try:
-        spec, weights = _read_model(uri)
+        spec, weights = read_folder(uri)
     except FileNotFoundError:
         try:
             spec, weights = read_checkpoint(uri)
@@ -112,18 +104,26 @@ def load_model(uri: str, tracking_uri: str | None = None) -> Model:
             raise ModelNotFound(
                 f"{uri} holds neither a registered model nor a checkpoint"
             ) from error
-    return build_model(spec, load_tensors(weights), model_digest(spec, weights))
-
-
-def _read_model(uri: str) -> tuple[ModelSpec, bytes]:
-    description = storage.read_json(storage.join(uri, MODEL_JSON))
-    weights = storage.read_bytes(storage.join(uri, WEIGHTS))
-    if storage.sha256(weights) != description["weights_sha256"]:
+    digest = model_digest(spec, weights)
+    if wanted not in (None, digest):
         raise CorruptArtifact(
-            f"{storage.join(uri, WEIGHTS)} does not match its recorded sha256: it was damaged or "
-            "replaced since it was written"
+            f"{uri} holds the model {digest}, the registry says {wanted}: it was replaced since it "
+            "was registered"
         )
-    return ModelSpec.model_validate(description["spec"]), weights
+    return build_model(spec, load_tensors(weights), digest)
+
+
+def read_lineage(reference: ModelReference) -> tuple[dict[str, Any], dict[str, str]]:
+    """What model.json says of how a version was made, and the version's tags.
+
+    Raises:
+        CorruptArtifact: model.json cannot be read.
+        ModelNotFound: the version was deleted.
+        StorageError: the registry cannot be used, or the file is not where it says.
+    """
+    version = _version_at(reference.uri, reference.tracking_uri)
+    path = _download(version, f"/{MODEL_JSON}", reference.tracking_uri)
+    return read_description(path)["lineage"], dict(version.tags)
 
 
 def read_checkpoint(uri: str) -> tuple[ModelSpec, bytes]:
@@ -138,16 +138,42 @@ def read_checkpoint(uri: str) -> tuple[ModelSpec, bytes]:
     return ModelSpec.model_validate(info.state["spec"]), weights
 
 
-def _download(uri: str, tracking_uri: str) -> str:
-    """A local folder with the files of `models:/NAME/VERSION`."""
-    import mlflow.artifacts
-
-    name, version = parse_reference(uri)
+def _version_at(uri: str, tracking_uri: str) -> ModelVersion:
+    client = make_client(tracking_uri)
     with explained(tracking_uri):
-        # by hand: for models:/ MLflow asks the process's own registry, whatever URI it is given
-        source = make_client(tracking_uri).get_model_version(name, version).source
+        return get_version(client, *parse_reference(uri))
+
+
+def _download(version: ModelVersion, inner: str, tracking_uri: str) -> str:
+    """A local path of a version's folder, or of a file in it."""
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+
+    # by hand: for models:/ MLflow asks the process's own registry, whatever URI it is given
+    source = f"{version.source}{inner}"
+    try:
         path = mlflow.artifacts.download_artifacts(artifact_uri=source, tracking_uri=tracking_uri)
+    except (MlflowException, OSError) as error:
+        raise StorageError(
+            f"the files of {version.name}@{version.version} cannot be read from {source}, where "
+            f"the registry says they are: {first_line(error)}"
+        ) from error
     return str(Path(path))
+
+
+def check_name(name: str) -> str:
+    """The name itself, if a model may have it.
+
+    Raises:
+        RequestError: it may not; the message says what a name is.
+    """
+    if len(name) > 100 or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise RequestError(
+            f"{name!r} is not the name of a model alone: that is up to 100 letters, digits, '_', "
+            "'.' and '-', a letter or a digit first, as in digits",
+            "name",
+        )
+    return name
 
 
 def parse_reference(text: str) -> tuple[str, str]:
@@ -170,24 +196,28 @@ def resolve(text: str, tracking_uri: str) -> ModelReference:
 
     Raises:
         ModelNotFound: there is no such model, version or alias; the message says what there is.
+        StorageError: the registry cannot be used.
     """
-    from mlflow.exceptions import MlflowException
-
     name, which = parse_reference(text)
-    if not _store_exists(tracking_uri):
-        raise ModelNotFound(
-            f"there is no model {name!r}: the registry at {tracking_uri} does not exist yet; "
-            "`ddpm run CONFIG` makes it, and tracking.uri or MLFLOW_TRACKING_URI names another"
-        )
+    require_store(name, tracking_uri)
     client = make_client(tracking_uri)
-    try:
-        if which.isdigit():
-            found = client.get_model_version(name, which)
-        else:
-            found = client.get_model_version_by_alias(name, which)
-    except MlflowException as error:
-        raise ModelNotFound(_what_there_is(client, name, which, tracking_uri)) from error
-    return ModelReference(name, str(found.version), found.tags.get(DIGEST_TAG, ""), tracking_uri)
+    with explained(tracking_uri):
+        model = require_model(client, name, tracking_uri)
+        version = str(model.aliases.get(which, which))
+        there = versions_of(client, name)
+        if version not in there:
+            numbers, aliases = ", ".join(there) or "none", ", ".join(sorted(model.aliases))
+            if which in model.aliases:
+                raise ModelNotFound(
+                    f"{name}@{which} is version {version}, which was deleted: point it at another "
+                    f"with `ddpm promote {name}@VERSION --alias {which}`, of {numbers}"
+                )
+            raise ModelNotFound(
+                f"model {name!r} has no version or alias {which!r}: versions {numbers}; aliases "
+                f"{aliases or 'none'}"
+            )
+        found = get_version(client, name, version)
+    return ModelReference(name, version, found.tags.get(DIGEST_TAG, ""), tracking_uri)
 
 
 def _store_exists(tracking_uri: str) -> bool:
@@ -196,21 +226,63 @@ def _store_exists(tracking_uri: str) -> bool:
     return database == tracking_uri or storage.exists(database)
 
 
-def _what_there_is(client: Any, name: str, which: str, tracking_uri: str) -> str:
-    with explained(tracking_uri):
-        models = {model.name: model for model in client.search_registered_models()}
-        versions = client.search_model_versions(f"name = '{name}'") if name in models else []
-    if name not in models:
-        known = f"it has {', '.join(sorted(models))}" if models else "it has none yet"
-        return (
+def require_store(name: str, tracking_uri: str) -> None:
+    """Look before the store is opened, which would make it.
+
+    Raises:
+        ModelNotFound: it is not there, and so neither is the model `name`.
+    """
+    if not _store_exists(tracking_uri):
+        raise ModelNotFound(
+            f"there is no model {name!r}: the registry at {tracking_uri} does not exist yet; "
+            "`ddpm run CONFIG` makes it, and tracking.uri or MLFLOW_TRACKING_URI names another"
+        )
+
+
+def get_version(client: MlflowClient, name: str, version: str) -> ModelVersion:
+    """A version; for use within `explained`.
+
+    Raises:
+        ModelNotFound: there is none; the message says which there are.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        there = ", ".join(versions_of(client, name)) or "none"
+        raise ModelNotFound(
+            f"there is no version {version} of the model {name!r}, or no more: versions {there}"
+        ) from error
+
+
+def versions_of(client: MlflowClient, name: str) -> list[str]:
+    """The versions of a model, the oldest first; for use within `explained`."""
+    found = client.search_model_versions(f"name = '{name}'")
+    return [str(number) for number in sorted(int(each.version) for each in found)]
+
+
+def require_model(client: MlflowClient, name: str, tracking_uri: str) -> RegisteredModel:
+    """A registered model; for use within `explained`.
+
+    Raises:
+        ModelNotFound: there is none; the message says which there are.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        models = sorted(model.name for model in client.search_registered_models())
+        known = f"it has {', '.join(models)}" if models else "it has none yet"
+        raise ModelNotFound(
             f"there is no model {name!r} in the registry at {tracking_uri}, {known}; `ddpm run "
             "CONFIG` makes one"
-        )
-    numbers = ", ".join(sorted((str(v.version) for v in versions), key=int)) or "none"
-    aliases = ", ".join(sorted(models[name].aliases)) or "none"
-    return (
-        f"model {name!r} has no version or alias {which!r}: versions {numbers}; aliases {aliases}"
-    )
+        ) from error
 
 
 def find_version(name: str, digest: str, tracking_uri: str) -> ModelReference | None:
@@ -219,52 +291,67 @@ def find_version(name: str, digest: str, tracking_uri: str) -> ModelReference | 
         return None
     client = make_client(tracking_uri)
     with explained(tracking_uri):
-        found = client.search_model_versions(
-            f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'"
-        )
-    if not found:
-        return None
-    newest = max(found, key=lambda version: int(version.version))
-    return ModelReference(name, str(newest.version), digest, tracking_uri)
+        found = _with_digest(client, name, digest)
+    return ModelReference(name, str(found.version), digest, tracking_uri) if found else None
+
+
+def _with_digest(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
+    found = client.search_model_versions(f"name = '{name}' and tags.`{DIGEST_TAG}` = '{digest}'")
+    return max(found, key=lambda version: int(version.version), default=None)
 
 
 def register(
-    run: TrackedRun, name: str, files: dict[str, bytes], tags: dict[str, str]
+    run: TrackedRun, name: str, files: Mapping[str, bytes], tags: Mapping[str, str]
 ) -> ModelReference:
-    """Make a version of `name` from a model's files; the same content twice gives one version."""
-    digest = json.loads(files[MODEL_JSON])["digest"]
-    if there := find_version(name, digest, run.uri):
-        with explained(run.uri):  # what was learned of it since
-            for key, value in tags.items():
-                run.client.set_model_version_tag(name, there.version, key, value)
-        return there
+    """Make a version of `name` from a model's files; the same content twice gives one version.
+
+    Of a version that is there, what was learned of it since is written: the tags and the card.
+
+    Raises:
+        StorageError: the registry cannot be used.
+    """
+    digest = str(json.loads(files[MODEL_JSON])["digest"])
     folder = f"{ARTIFACT_FOLDER}/{digest}"  # of its own: a run may register more than one content
-    for file_name, data in files.items():
-        run.log_artifact(folder, file_name, data)
-    with in_turn(run.uri), explained(run.uri):
-        if not run.client.search_registered_models(f"name = '{name}'"):
-            run.client.create_registered_model(name)
-        version = run.client.create_model_version(
-            name,
-            source=f"runs:/{run.run_id}/{folder}",
-            run_id=run.run_id,
-            tags={DIGEST_TAG: digest, **tags},
-        )
-    return ModelReference(name, str(version.version), digest, run.uri)
+    client = run.client
+    with explained(run.uri):
+        found = _with_digest(client, name, digest)
+        if found is None:
+            for file_name, data in files.items():
+                run.log_artifact(folder, file_name, data)
+            _create_model(client, name)
+            with model_turn(client, run.uri, name):
+                found = _with_digest(client, name, digest)
+                if found is None:
+                    created = client.create_model_version(
+                        name,
+                        source=f"runs:/{run.run_id}/{folder}",
+                        run_id=run.run_id,
+                        tags={DIGEST_TAG: digest, **tags},
+                    )
+                    return ModelReference(name, str(created.version), digest, run.uri)
+        for key, value in tags.items():
+            client.set_model_version_tag(name, found.version, key, value)
+        for file_name in {CARD, GRID} & set(files):
+            log_artifact(client, found.run_id, folder, file_name, files[file_name])
+    return ModelReference(name, str(found.version), digest, run.uri)
+
+
+def _create_model(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def read_tag(reference: ModelReference, tag: str) -> str | None:
-    """A tag of a version."""
-    client = make_client(reference.tracking_uri)
-    with explained(reference.tracking_uri):
-        value: str | None = client.get_model_version(reference.name, reference.version).tags.get(
-            tag
-        )
+    """A tag of a version.
+
+    Raises:
+        ModelNotFound: the version was deleted.
+        StorageError: the registry cannot be used.
+    """
+    value: str | None = _version_at(reference.uri, reference.tracking_uri).tags.get(tag)
     return value
-
-
-def set_alias(reference: ModelReference, alias: str) -> None:
-    """Point an alias at a version; readers see the old one or the new one."""
-    client = make_client(reference.tracking_uri)
-    with explained(reference.tracking_uri):
-        client.set_registered_model_alias(reference.name, alias, reference.version)

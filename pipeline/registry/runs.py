@@ -20,12 +20,12 @@ from pydantic import BaseModel
 
 from pipeline import storage
 from pipeline.errors import StorageError
+from pipeline.registry.turns import SQLITE, in_turn
 
 if TYPE_CHECKING:  # importing mlflow takes seconds, which `ddpm config` need not wait for
     from mlflow.tracking import MlflowClient
 
 TRAIN_ID = "ddpm.train_id"
-SQLITE = "sqlite:///"
 
 
 class TrackingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -44,8 +44,12 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise StorageError(f"MLflow at {uri} cannot be used: {first_line}") from error
+        raise StorageError(f"MLflow at {uri} cannot be used: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's message; MLflow's own may go on for a page."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def make_client(uri: str) -> MlflowClient:
@@ -61,21 +65,20 @@ def make_client(uri: str) -> MlflowClient:
     return client
 
 
-def in_turn(uri: str) -> contextlib.AbstractContextManager[None]:
-    """Hold a sqlite store for this process, for what must not be done by two at once."""
-    if not uri.startswith(SQLITE):
-        return contextlib.nullcontext()
-    return storage.exclusive(
-        uri.removeprefix(SQLITE) + ".lock", remedy="set another place with --set tracking.uri=URI"
-    )
-
-
 def artifact_location(uri: str) -> str | None:
     """Where a new experiment's files go: beside a sqlite store, not in the working folder.
 
     A server has a place of its own for them: None.
     """
     return str(Path(uri.removeprefix(SQLITE)).parent / "mlruns") if uri.startswith(SQLITE) else None
+
+
+def log_artifact(client: MlflowClient, run_id: str, folder: str, name: str, data: bytes) -> None:
+    """Store a file with a run; for use within `explained`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / name
+        path.write_bytes(data)
+        client.log_artifact(run_id, str(path), folder or None)
 
 
 class TrackedRun:
@@ -184,10 +187,8 @@ class TrackedRun:
 
     def log_artifact(self, folder: str, name: str, data: bytes) -> None:
         """Store a file with the run; the same name again replaces it."""
-        with tempfile.TemporaryDirectory() as temporary, explained(self.uri):
-            path = Path(temporary) / name
-            path.write_bytes(data)
-            self.client.log_artifact(self.run_id, str(path), folder or None)
+        with explained(self.uri):
+            log_artifact(self.client, self.run_id, folder, name, data)
 
     def log_dataset(self, name: str, digest: str, source: str, facts: dict[str, Any]) -> None:
         """Record the ShardSet as the run's input."""

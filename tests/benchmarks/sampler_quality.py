@@ -38,10 +38,10 @@ from pipeline import storage
 from pipeline.data.images import to_unit
 from pipeline.data.shards import ImageSet, read_split
 from pipeline.errors import PipelineError, RequestError
+from pipeline.evaluation.extractors import CLASSIFIER, load_classifier
 from pipeline.evaluation.features import (
     TrainedClassifier,
     features,
-    from_files,
     train_classifier,
 )
 from pipeline.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
@@ -223,11 +223,12 @@ def make_judge(
     parent = storage.join(options.storage, "reference")
     for name in storage.list_names(parent):
         there = storage.read_manifest(storage.join(parent, name))
-        if there and there.files and there.inputs.get("preprocess") == manifest.id:
-            names = [entry.path for entry in there.files]
-            classifier = from_files(
-                {file: storage.read_bytes(storage.join(parent, name, file)) for file in names}
-            )
+        if (
+            there
+            and CLASSIFIER[0] in [entry.path for entry in there.files]
+            and there.inputs.get("preprocess") == manifest.id
+        ):
+            classifier = load_classifier(storage.join(parent, name))
     if classifier is None:
         if num_classes < 2:
             raise FileNotFoundError("a model without classes has no judge to measure it with")

@@ -1,0 +1,95 @@
+"""What commands share: their common arguments, the config they load, the registry they ask."""
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline import storage
+from pipeline.errors import RequestError
+from pipeline.registry.turns import SQLITE
+from tasks.console import console
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+    from tasks.workflow import Plan
+
+ConfigArg = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+ModelArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="NAME@ALIAS or NAME@VERSION, as in digits@champion.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value, as in training.lr=3e-4."),
+]
+
+
+def load(context: typer.Context, path: str, overrides: list[str] | None) -> tuple["RunConfig", str]:
+    """The config with absolute places, and the tracking URI."""
+    from pipeline.config import load_config
+    from pipeline.data.listing import absolute
+
+    config = load_config(path, overrides)
+    places = {"source": absolute(config.data.source)}
+    if config.data.labels is not None:
+        places["labels"] = storage.absolute(config.data.labels)
+    update: dict[str, Any] = {
+        "storage": storage.absolute(config.storage),
+        "data": config.data.model_copy(update=places),
+    }
+    if (extractor := config.evaluation.extractor) is not None:
+        place = extractor.model_copy(update={"file": storage.absolute(extractor.file)})
+        update["evaluation"] = config.evaluation.model_copy(update={"extractor": place})
+    config = config.model_copy(update=update)
+    return config, tracking_uri(context, config.tracking.uri)
+
+
+def tracking_uri(context: typer.Context, configured: str | None = None) -> str:
+    """Of MLflow: the config's, or what the environment says, which is the context's object."""
+    uri = configured or context.obj or f"{SQLITE}mlflow.db"
+    if uri.startswith(SQLITE):  # Ray's workers run in folders of their own
+        return SQLITE + str(Path(uri.removeprefix(SQLITE)).absolute())
+    return str(uri)
+
+
+def make_plan(config: "RunConfig", tracking_uri: str, target: str = "sample", **how: Any) -> "Plan":
+    from tasks import workflow
+
+    return workflow.plan(config, tracking_uri, target, **how)
+
+
+def print_plan(plan: "Plan") -> None:
+    for stage in plan.stages:
+        state = "cached  " if stage.done else "will run"
+        console.print(f"{stage.spec.name:<11}{state}  {stage.reason}")
+
+
+def validated(model: Any, prefix: str, **values: Any) -> Any:
+    """A pydantic model of options.
+
+    Args:
+        prefix: `--` where each option has the name of its field; else the option, which the
+            message itself names.
+
+    Raises:
+        RequestError: a value is wrong.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(map(str, problem["loc"]))
+        message = problem["msg"].removeprefix("Value error, ")
+        option = f"{prefix}{name} {problem['input']}: " if name and prefix == "--" else ""
+        raise RequestError(option + message[0].lower() + message[1:], name) from error
+
+
+def treat_sigterm_as_ctrl_c() -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)

@@ -1,0 +1,49 @@
+"""What a config says and would do: `ddpm config`, `explain`, `status` and `schedule`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.table import Table
+
+from pipeline import storage
+from tasks.commands.base import ConfigArg, SetOption, load, make_plan, print_plan
+from tasks.console import console, shown
+
+
+def status(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
+    """Say which stages are done and where their outputs are."""
+    table = Table("stage", "state", "output", box=None, pad_edge=False)
+    for stage in make_plan(*load(context, config, set_)).stages:
+        table.add_row(stage.spec.name, "done" if stage.done else "to do", stage.folder)
+    console.print(table)
+
+
+def explain(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
+    """Say for each stage why it would or would not run."""
+    print_plan(make_plan(*load(context, config, set_)))
+
+
+def show_config(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
+    """Print the configuration with all defaults filled in."""
+    resolved, _ = load(context, config, set_)
+    print(yaml.safe_dump(resolved.model_dump(), sort_keys=False), end="")
+
+
+def draw_schedule(
+    context: typer.Context,
+    config: ConfigArg,
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("schedule.png"),
+    set_: SetOption = None,
+) -> None:
+    """Draw the noise schedule and the timesteps that the sampler visits, and say how it ends."""
+    from tasks import schedule as drawing
+
+    resolved, _ = load(context, config, set_)
+    diffusion, sampling = resolved.diffusion, resolved.sampling
+    schedule = drawing.schedule_of(diffusion)
+    storage.write_bytes(str(out.absolute()), drawing.draw(schedule, diffusion, sampling))
+    for line in drawing.describe(schedule, diffusion, sampling):
+        console.print(line)
+    console.print(f"picture   {shown(str(out.absolute()))}")

@@ -1,0 +1,55 @@
+"""`ddpm serve`: a registered model over HTTP."""
+
+import logging
+from typing import Annotated
+
+import typer
+
+from pipeline.errors import ConfigError
+from tasks.commands.base import ModelArg, tracking_uri, treat_sigterm_as_ctrl_c
+from tasks.console import console, log_to_file, shown
+
+
+def serve(
+    context: typer.Context,
+    model: ModelArg,
+    replicas: Annotated[
+        int | None, typer.Option(help="Copies of the model; by default as its config said.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve a registered model over HTTP until Ctrl-C."""
+    from pipeline.config import ClusterConfig
+    from pipeline.registry.models import resolve
+    from tasks import cluster
+
+    if replicas is not None and not 1 <= replicas <= 1000:
+        raise ConfigError(f"--replicas {replicas} must be from 1 to 1000")
+    cluster.check_port_is_free(host, port)
+    reference = resolve(model, tracking_uri(context))
+    log = log_to_file(None)
+    from tasks import serve as application
+
+    serving = application.serving_config(reference)
+    if replicas is not None:
+        serving = serving.model_copy(update={"replicas": replicas})
+    num_cpus = serving.replicas * serving.cpus_per_replica
+    num_gpus = serving.replicas * serving.gpus_per_replica
+    with cluster.connect(ClusterConfig(), num_cpus, num_gpus):
+        serve_log = logging.getLogger("ray.serve")  # it has a handler of its own, for the terminal
+        serve_log.handlers = logging.getLogger().handlers
+        serve_log.propagate = False
+        plural = "s" * (serving.replicas > 1)
+        console.print(f"loading {reference} on {serving.replicas} replica{plural} ...")
+        application.start(reference, model, serving, host, port)
+        treat_sigterm_as_ctrl_c()
+        url = f"http://{host}:{port}"
+        console.print(f"serving {reference} at {url}/v1/images/generations, Ctrl-C ends it; try")
+        console.print(
+            f"  curl -s {url}/v1/images/generations -H 'Content-Type: application/json' "
+            """-d '{"n": 4, "seed": 1}'"""
+        )
+        console.print(f"log      {shown(str(log))}")
+        application.wait_until_interrupted()
+        console.print("stopped")

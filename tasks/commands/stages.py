@@ -1,0 +1,148 @@
+"""`ddpm run`, and a verb for each stage: what it needs is run first."""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.table import Table
+
+from pipeline import storage
+from tasks.commands.base import (
+    ConfigArg,
+    SetOption,
+    load,
+    make_plan,
+    print_plan,
+    treat_sigterm_as_ctrl_c,
+)
+from tasks.console import Board, command, console, duration, log_to_file, shown, shown_uri
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
+    from pipeline.data.pieces import LookInto, Piece
+    from tasks.workflow import Plan
+
+
+def run(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
+    """Run every stage that has not been run: preprocess, train, evaluate, register, sample."""
+    _run_stages(context, config, set_, "sample")
+
+
+def preprocess(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
+    """Turn the source of images into Parquet shards."""
+    _run_stages(context, config, set_, "preprocess")
+
+
+def train(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
+    """Train the network, and what that needs."""
+    _run_stages(context, config, set_, "train")
+
+
+def evaluate(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
+    """Score the trained network, and what that needs."""
+    _run_stages(context, config, set_, "evaluate")
+
+
+def register(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
+    """Register the trained network in MLflow, and what that needs."""
+    _run_stages(context, config, set_, "register")
+
+
+def _run_stages(
+    context: typer.Context, config_path: str, overrides: list[str] | None, target: str
+) -> None:
+    config, tracking_uri = load(context, config_path, overrides)
+    storage.check_writable(config.storage)
+    log = log_to_file(config.storage)
+
+    from tasks import cluster, workflow
+    from tasks.preprocess import look_on_cluster
+
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def start_ray() -> None:
+            """Once, and only if there is something for it to do."""
+            ray_logs = stack.enter_context(cluster.connect(config.cluster))
+            treat_sigterm_as_ctrl_c()
+            logging.info("the logs of Ray are in %s", ray_logs)
+
+        def look_into(pieces: list["Piece"], keep_in: str | None) -> Iterator[tuple[int, Any]]:
+            start_ray()
+            return look_on_cluster(pieces, keep_in)
+
+        plan = _plan_visibly(config, tracking_uri, target, look_into)
+        print_plan(plan)
+        if target != "preprocess":
+            from pipeline.registry.runs import make_client
+
+            make_client(tracking_uri)  # a store that cannot be used is better found before the work
+
+        if all(stage.done for stage in plan.stages):
+            names = [stage.spec.name for stage in plan.stages]
+            results = [workflow.StageResult(name, "cached", 0.0) for name in names]
+        else:
+            start_ray()
+            with Board() as board:
+                results = workflow.run(plan, board)
+
+    console.print()
+    table = Table("stage", "", "time", box=None, pad_edge=False)
+    for result in results:
+        table.add_row(
+            result.name, result.outcome, duration(result.seconds) if result.seconds else ""
+        )
+    console.print(table)
+    _print_where_to_look(plan, target, log)
+
+
+def _plan_visibly(
+    config: "RunConfig", tracking_uri: str, target: str, look_into: "LookInto"
+) -> "Plan":
+    with Board() as board:
+        bar = board.add("source")
+
+        def show(done: int, total: int) -> None:
+            if done == 0:
+                bar.start(total, "files")
+            bar.update(done)
+
+        plan = make_plan(
+            config, tracking_uri, target, remember=True, progress=show, look_into=look_into
+        )
+        num_images, num_classes = plan.source.items.num_rows, len(plan.source.class_names)
+        bar.close(f"{num_images:,} images" + (f" of {num_classes} classes" if num_classes else ""))
+    return plan
+
+
+def _print_where_to_look(plan: "Plan", target: str, log: Path) -> None:
+    console.print()
+    places = {
+        "preprocess": ("shards", ""),
+        "evaluate": ("scores", "metrics.json"),
+        "sample": ("samples", "grid.png"),
+    }
+    for stage, (what, name) in places.items():
+        if any(planned.spec.name == stage for planned in plan.stages):
+            parts = [name] if name else []
+            console.print(f"{what:<9}{shown(storage.join(plan.folder(stage), *parts))}")
+    if target != "preprocess":
+        console.print(
+            f"MLflow   {command('mlflow')} ui --backend-store-uri {shown_uri(plan.tracking_uri)}"
+        )
+    if target == "sample":
+        console.print(f"serve    {command('ddpm')} serve {_what_to_serve(plan)}")
+    console.print(f"log      {shown(str(log))}")
+
+
+def _what_to_serve(plan: "Plan") -> str:
+    """The alias, or the version itself where the gate kept the alias from it."""
+    made = storage.read_manifest(plan.folder("register"))
+    assert made is not None
+    promoted = made.stats["promotion"]["promoted"]
+    which = plan.config.registry.alias if promoted else made.stats["version"]
+    return f"{plan.config.name}@{which}"

@@ -1,0 +1,79 @@
+"""Pictures of figures: curves as PNG."""
+
+import io
+from typing import TYPE_CHECKING, Any
+
+DISTANCES = ("fd_", "kd_", "fid", "kid")
+MARKERS = "os^Dv<>Pp*"
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, VERMILION = "#0072B2", "#D55E00"
+"""Of Okabe & Ito's palette: told apart whatever one's colour vision is."""
+
+
+def draw_timesteps(loss: dict[str, Any], bits: dict[str, Any] | None) -> bytes:
+    """Where along the timesteps held-out images are hard to predict, and where their bits are.
+
+    Args:
+        loss: t, loss and error of each bin of timesteps.
+        bits: t and bits, L_t of the bound, if it was computed.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which keeps a state and may open windows
+
+    count = 2 if bits else 1
+    figure = Figure(figsize=(7.5, 2.9 * count), dpi=120, layout="constrained")
+    axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    axes[0].errorbar(loss["t"], loss["loss"], loss["error"], color=BLUE, marker="o", markersize=3)
+    axes[0].set_ylabel("loss of held-out images")
+    axes[0].set_ylim(bottom=0)
+    if bits:
+        axes[1].plot(bits["t"], bits["bits"], color=VERMILION, drawstyle="steps-post")
+        axes[1].set_ylabel("bits/dim of a timestep")
+        axes[1].set_yscale("log")
+    axes[-1].set_xlabel("timestep t (t = 0 has the least noise)")
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def draw_over_steps(points: list[dict[str, Any]]) -> bytes:
+    """The distance of samples over the evaluations of the network that each took, by sampler.
+
+    Args:
+        points: sampler, evaluations and the figures of features of each.
+    """
+    from matplotlib.figure import Figure
+
+    names = [name for name in points[0]["figures"] if name.startswith(DISTANCES)]
+    figure = Figure(figsize=(7.5, 3.2 * max(1, len(names))), dpi=120, layout="constrained")
+    axes = figure.subplots(max(1, len(names)), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, name in zip(axes, names, strict=False):
+        for number, sampler in enumerate(dict.fromkeys(point["sampler"] for point in points)):
+            own = sorted(
+                (point for point in points if point["sampler"] == sampler),
+                key=lambda point: float(point["evaluations"]),
+            )
+            ax.errorbar(
+                [point["evaluations"] for point in own],
+                [point["figures"][name]["value"] for point in own],
+                [point["figures"][name]["standard_error"] or 0.0 for point in own],
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=4,
+                label=sampler,
+            )
+        ax.set_ylabel(name)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    axes[-1].set_xlabel("evaluations of the network an image (± standard error)")
+    axes[-1].set_xscale("log")
+    return _png(figure)
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
+    return buffer.getvalue()
