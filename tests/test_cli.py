@@ -1,10 +1,14 @@
 """The command line's contract: exit codes, and one sentence for each mistake."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from pipeline.registry.models import load_model, resolve
 from tests.conftest import ROOT, Workplace, tiny_command
 
 
@@ -203,3 +207,73 @@ def test_lineage_leads_from_an_image_to_the_hash_of_the_source(
     gone = error_of(elsewhere.quick("lineage", str(image), code=2))
     assert f"the model that made {image} is gone: there is no model 'digits'" in gone
     assert "is gone" in error_of(elsewhere.quick("reproduce", str(image), code=2))
+
+
+# --- out, in, side by side ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(tiny: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A registry of its own with the tiny model in it."""
+    folder = tmp_path_factory.mktemp("store")
+    shutil.copy(tiny.folder / "mlflow.db", folder)
+    return Workplace(folder)
+
+
+@pytest.mark.ray
+def test_a_model_goes_out_for_diffusers_and_comes_back_as_it_was(store: Workplace) -> None:
+    output = store.quick("export", "digits@champion", "folder")
+    assert "digits@1 is in folder: model_index.json, scheduler/scheduler_config.json" in output
+    assert "--label makes a folder that draws one class" in output.replace("\n", " ")
+    output = store.quick("import", "folder", "--name", "copy")
+    assert "copy@1 is the model in folder, of 8x8x1 images" in output
+    assert "copy@1 is the model" in store.quick("import", "folder", "--name", "copy")
+    uri = f"sqlite:///{store.folder}/mlflow.db"
+    first, again = (load_model(resolve(name, uri).uri, uri) for name in ("digits@1", "copy@1"))
+    assert again.spec.class_names == first.spec.class_names
+    theirs = again.network.state_dict()
+    assert all(
+        torch.equal(value, theirs[name]) for name, value in first.network.state_dict().items()
+    )
+    lines = store.quick("lineage", "copy@1").splitlines()
+    assert lines[-1] == f"imported  {store.folder}/folder"
+    one = store.quick("export", "digits@champion", "sevens", "--label", "7")
+    assert "--label makes" not in one
+
+
+@pytest.mark.ray
+def test_models_are_compared_by_figures_and_by_images_of_the_same_seeds(store: Workplace) -> None:
+    output = store.quick("compare", "digits@1", "digits@champion")
+    assert "class_accuracy" in output
+    assert "no difference beyond chance" in output.replace("\n", " ")
+    with Image.open(store.folder / "compare.png") as picture:
+        rows = np.asarray(picture)
+    assert np.array_equal(rows[8:72], rows[80:144]), "it is the same model"
+    output = store.quick("compare", "digits@1", code=2)
+    assert "digits@1 alone cannot be compared" in error_of(output)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["export", "digits@1", "."], ". is there and not empty: name a new folder"),
+        (["export", "digits@1", "x", "--label", "99"], "label=99 is not a label of the model"),
+        (["export", "digits@1", "x", "--label", "1", "--format", "onnx"], "is for --format diff"),
+        (["import", "nowhere", "--name", "copy"], "nowhere has neither unet/config.json nor"),
+        (["import", "nowhere", "--name", "a/b"], "'a/b' is not the name of a model alone"),
+    ],
+)
+def test_what_cannot_go_out_or_in_is_one_sentence(
+    store: Workplace, arguments: list[str], sentence: str
+) -> None:
+    assert sentence in error_of(store.quick(*arguments, code=2))
+    assert not (store.folder / "x").exists()
+
+
+@pytest.mark.ray
+def test_the_network_alone_goes_out_as_a_graph(store: Workplace) -> None:
+    store.quick("export", "digits@1", "graph", "--format", "torch")
+    program = torch.export.load(store.folder / "graph" / "network.pt2")
+    inputs = {"x_t": torch.zeros(3, 1, 8, 8), "t": torch.ones(3), "label": torch.arange(3)}
+    assert program.module()(**inputs).shape == (3, 1, 8, 8)
