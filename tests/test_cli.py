@@ -245,7 +245,7 @@ def test_a_model_goes_out_for_diffusers_and_comes_back_as_it_was(store: Workplac
 def test_models_are_compared_by_figures_and_by_images_of_the_same_seeds(store: Workplace) -> None:
     output = store.quick("compare", "digits@1", "digits@champion")
     assert "class_accuracy" in output
-    assert "no difference beyond chance" in output.replace("\n", " ")
+    assert "no difference" in output
     with Image.open(store.folder / "compare.png") as picture:
         rows = np.asarray(picture)
     assert np.array_equal(rows[8:72], rows[80:144]), "it is the same model"

@@ -194,7 +194,7 @@ def test_a_killed_evaluation_goes_on_with_the_samples_that_it_had(
     ], "guided, so two for each network evaluation; Heun's last step has one"
     assert {"kd_cnn_digits", "recall_cnn_digits"} <= set(points[0]["figures"])
     names = ["grid.png", "manifest.json", "metrics.json", "neighbours.png", "over_steps.png"]
-    assert sorted(path.name for path in folder.iterdir()) == [*names, "timesteps.png"]
+    assert sorted(path.name for path in folder.glob("[!.]*")) == [*names, "timesteps.png"]
 
 
 def test_the_second_run_finds_everything_cached(tiny: Workplace) -> None:

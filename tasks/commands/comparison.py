@@ -43,7 +43,8 @@ def compare(
     for name in dict.fromkeys(name for of in figures for name in of):
         row = [of.get(name) for of in figures]
         cells = ["not measured" if figure is None else figure_shown(figure) for figure in row]
-        table.add_row(name, *cells, _remark(row))
+        arrow = next("↑" if of["better"] == "higher" else "↓" for of in row if of is not None)
+        table.add_row(f"{name} {arrow}", *cells, _remark(row))
     console.print(table)
     if not any(figures):
         console.print("none of them was measured: imported models have no figures")
@@ -52,7 +53,7 @@ def compare(
 
 
 def _remark(row: list[dict[str, Any] | None]) -> str:
-    """What may be concluded from the figures of one name."""
+    """Which of the figures of one name is better than the next, by more than chance makes."""
     from pipeline.registry.gate import difference, margin
 
     there = [(i, figure) for i, figure in enumerate(row) if figure is not None]
@@ -61,14 +62,14 @@ def _remark(row: list[dict[str, Any] | None]) -> str:
     _, first = there[0]
     for _, other in there[1:]:
         if different := difference(first["measured"], other["measured"]):
-            return f"not comparable: {different}"
+            return f"measured otherwise: {different}"
     sign = 1 if first["better"] == "higher" else -1
     order = sorted(there, key=lambda pair: -sign * float(pair[1]["value"]))
     (best, figure), (_, second) = order[:2]
     needed = margin(figure, second)
     if needed is None or sign * (figure["value"] - second["value"]) <= needed:
-        return f"{first['better']} is better; no difference beyond chance"
-    return f"{first['better']} is better: the {_ordinal(best)}"
+        return "no difference"
+    return f"the {_ordinal(best)} is better"
 
 
 def _ordinal(column: int) -> str:

@@ -79,13 +79,14 @@ def import_(
     from pipeline.registry.models import check_name, register
     from pipeline.registry.runs import TrackedRun
 
+    check_name(name)
     uri = storage.absolute(folder)
     spec, tensors = from_diffusers(uri)
     weights = save(tensors)
     digest = model_digest(spec, weights)
     lineage = {"imported_from": uri}
     files = model_files(spec, weights, lineage)
-    run = TrackedRun(tracking_uri(context), check_name(name), f"import-{digest}", lineage)
+    run = TrackedRun(tracking_uri(context), name, f"import-{digest}", lineage)
     reference = register(run, name, files, {"ddpm.imported_from": uri})
     run.finish("FINISHED")
     kind = f"{spec.image_size}x{spec.image_size}x{spec.channels}"

@@ -18,7 +18,6 @@ AliasOption = Annotated[str, typer.Option(help="The alias to move.")]
 
 CHAIN = {
     "imported": "imported_from",
-    "imported": "imported_from",
     "run": "mlflow_run_id",
     "evaluate": "evaluate_id",
     "train": "train_id",
