@@ -201,7 +201,7 @@ def _script(config: ExtractorConfig, data: bytes) -> Callable[[np.ndarray], Tens
 
 def _onnx(config: ExtractorConfig, data: bytes) -> Callable[[np.ndarray], Tensor]:
     try:
-        import onnxruntime  # type: ignore[import-not-found, unused-ignore]
+        import onnxruntime
     except ImportError as error:
         raise ConfigError(
             f"evaluation.extractor.file={config.file!r} needs onnxruntime: pip install onnxruntime"
