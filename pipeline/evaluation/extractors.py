@@ -2,8 +2,8 @@
 
 By default it is the classifier of features.py, trained on the images at hand, as published practice
 has it for small grey images; its figures are named after the run and compare with no others. A file
-of the user's takes its place: a network in TorchScript or ONNX, known by its hash and never
-fetched, such as Inception in the form the FID is defined on.
+of the user's takes its place: a network in TorchScript or ONNX, known by its hash, such as Inception
+in the form the FID is defined on. It is read from where the config says, and from nowhere else.
 """
 
 import io
@@ -180,9 +180,8 @@ def resized(pixels: np.ndarray, size: int) -> np.ndarray:
 def _script(config: ExtractorConfig, data: bytes) -> Callable[[np.ndarray], Tensor]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # published extractors have no other
+            # what is published as TorchScript has no other form
+            warnings.simplefilter("ignore", DeprecationWarning)
             network = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
         network.eval()
     except RuntimeError as error:
