@@ -2,8 +2,9 @@
 
 By default it is the classifier of features.py, trained on the images at hand, as published practice
 has it for small grey images; its figures are named after the run and compare with no others. A file
-of the user's takes its place: a network in TorchScript or ONNX, known by its hash, such as Inception
-in the form the FID is defined on. It is read from where the config says, and from nowhere else.
+of the user's takes its place: a network in TorchScript or ONNX, known by its hash, such as
+Inception in the form the FID is defined on. It is read from where the config says, and from nowhere
+else.
 """
 
 import io
