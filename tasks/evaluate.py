@@ -39,8 +39,7 @@ from pipeline.samplers.model import ModelSpec
 from pipeline.samplers.plan import SamplingConfig
 from pipeline.seeding import key
 from pipeline.serving.engine import ImageRequest
-from pipeline.training.checkpoint import checkpoint_name
-from tasks import in_flight
+from tasks import averages, in_flight
 from tasks.curves import draw_over_steps, draw_timesteps
 from tasks.fanout import IMAGES_PER_TASK, draw
 from tasks.held_out import HeldOut
@@ -51,13 +50,6 @@ SAMPLES = "samples"
 """Files of drawn images, until the figures are known."""
 MOST_NEAREST = 500
 """Samples whose nearest training image is looked for."""
-
-
-def checkpoint_uri(train_folder: str) -> str:
-    """The final checkpoint of a finished training."""
-    manifest = storage.read_manifest(train_folder)
-    assert manifest is not None
-    return storage.join(train_folder, checkpoint_name(manifest.stats["step"]))
 
 
 # --- in tasks -----------------------------------------------------------------------------------
@@ -138,8 +130,9 @@ def _stored(samples: list[str], name: str) -> Iterator[Tensor]:
 def run(ctx: StageContext) -> Outcome:
     """Draw samples of every class in turn and measure them; write metrics.json and pictures."""
     config = ctx.config
-    uri = checkpoint_uri(ctx.inputs["train"])
-    spec = ModelSpec.model_validate(storage.read_json(storage.join(uri, "state.json"))["spec"])
+    uri, weights = averages.to_measure(ctx)
+    info = averages.last_checkpoint(ctx.inputs["train"])
+    spec = ModelSpec.model_validate(info.state["spec"])
     sampling = spec.admissible(config.sampling)
     n = config.evaluation.samples
     requests = _requests(config.seed, spec, sampling, n)
@@ -150,7 +143,7 @@ def run(ctx: StageContext) -> Outcome:
     evaluations = torch.cat(list(_stored(samples, "evaluations")))
     protocol: dict[str, Any] = {
         "n": n,
-        "weights": "ema",
+        "weights": weights,
         "seed": seed,
         "sampling": sampling.model_dump(mode="json"),
         "network_evaluations": float(evaluations.double().mean()),  # a guided one counts twice
@@ -173,8 +166,14 @@ def run(ctx: StageContext) -> Outcome:
         found, missing, pictures["neighbours.png"] = ray.get(
             measure.remote(samples, ctx.inputs["reference"], shard_set)
         )
-        found |= _accuracy(samples, labels, spec, of_reference.stats)
-        measured = {name: protocol[name] for name in ("sampling", "weights")} | {
+        if "holdout_accuracy" in of_reference.stats:
+            found |= _accuracy(samples, labels, spec, of_reference.stats)
+        elif spec.num_classes:
+            skipped["class_accuracy"] = (
+                "evaluation.extractor takes the place of the classifier that would judge it"
+            )
+        measured = {
+            "sampling": protocol["sampling"],
             "extractor": of_reference.stats["extractor"]["digest"],
             "reference": shard_set.rsplit("/", 1)[-1],
         }
@@ -192,6 +191,8 @@ def run(ctx: StageContext) -> Outcome:
     files = [
         storage.write_bytes(storage.join(ctx.folder, name), data) for name, data in contents.items()
     ]
+    if config.evaluation.sigma_rel is not None:
+        files += [storage.entry_of(ctx.folder, path) for path in averages.FILES]
     _record(ctx, figures, contents)
     storage.remove(storage.join(ctx.folder, SAMPLES))
     return Outcome(files, metrics)

@@ -96,7 +96,6 @@ class HeldOut:
             )
         same = ("n", "prediction", "trace", "draws", "clip_x_0", "rtol", "atol")
         measured = {
-            "weights": "ema",
             "held_out": self.ctx.inputs["preprocess"].rsplit("/", 1)[-1],
         }
         for figure in found.values():

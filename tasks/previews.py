@@ -1,10 +1,17 @@
-"""Previews of checkpoints: samples and the loss on held-out images, made beside the training."""
+"""Previews of checkpoints: samples, the loss on held-out images and a small evaluation.
+
+They are made beside the training, which does not wait for them. The small evaluation is of a few
+images of few steps, so its figures compare among the checkpoints of a training, and with nothing
+else. It starts with the first checkpoint that finds the stage `reference` finished.
+"""
 
 import logging
 import math
 from collections import deque
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 import torch
 
@@ -12,7 +19,10 @@ from pipeline import storage
 from pipeline.data.images import grid
 from pipeline.data.parts import choose, images_at
 from pipeline.errors import StorageError
+from pipeline.evaluation.figures import FeatureSet, compare
+from pipeline.evaluation.frechet import moments
 from pipeline.evaluation.metrics import MOST_HELD_OUT, holdout_loss
+from pipeline.evaluation.real_images import extractor_of, read_train
 from pipeline.registry.models import load_model
 from pipeline.samplers.plan import SamplingConfig
 from pipeline.seeding import key
@@ -24,35 +34,90 @@ PREVIEW_STEPS = 25
 PREVIEW_IMAGES_PER_CLASS = 4
 
 
-def preview(
-    uri: str, shard_set: str, num_held_out: int, guidance: float, seed: int
-) -> tuple[bytes, float]:
-    """A grid of samples from a checkpoint's EMA weights, and their loss on held-out images."""
+@dataclass(frozen=True)
+class Preview:
+    """What is made of a checkpoint."""
+
+    png: bytes
+    """A grid of samples."""
+    loss: float
+    """Of held-out images; NaN if there are none."""
+    figures: dict[str, float]
+    """Of the small evaluation, by the names that they are logged under."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a preview is made of, beside the checkpoint."""
+
+    shard_set: str
+    num_held_out: int
+    reference: str
+    """Where that stage's output lies, or will."""
+    num_measured: int
+    """Images of the small evaluation; 0 for none."""
+    guidance: float
+    seed: int
+
+
+def preview(uri: str, wanted: Wanted) -> Preview:
+    """Samples of a checkpoint's EMA weights, and figures of it."""
     torch.set_num_threads(1)  # beside the training workers
     model = load_model(uri)
     num_classes = model.spec.num_classes
     steps = min(PREVIEW_STEPS, model.schedule.timesteps)
-    sampling = model.spec.admissible(SamplingConfig(steps=steps, guidance=guidance))
-    labels: list[int | None] = [None] * 16
+    sampling = model.spec.admissible(SamplingConfig(steps=steps, guidance=wanted.guidance))
+    shown: list[int | None] = [None] * 16
     if num_classes:
-        labels = [c for c in range(min(num_classes, 10)) for _ in range(PREVIEW_IMAGES_PER_CLASS)]
-    requests = [
-        ImageRequest(key(seed, "preview") >> 1, i, label, sampling)
-        for i, label in enumerate(labels)
-    ]
-    pixels = Engine(model).draw(requests)
+        shown = [c for c in range(min(num_classes, 10)) for _ in range(PREVIEW_IMAGES_PER_CLASS)]
+    engine, seed = Engine(model), key(wanted.seed, "preview") >> 1
+
+    def draw(labels: list[int | None]) -> np.ndarray:
+        return engine.draw(
+            [ImageRequest(seed, i, label, sampling) for i, label in enumerate(labels)]
+        )
+
     columns = PREVIEW_IMAGES_PER_CLASS * 2 if num_classes else 4
-    held_out = images_at(shard_set, "holdout", choose(num_held_out, MOST_HELD_OUT, seed))
-    loss = holdout_loss(model, held_out, seed).estimate().value
-    return grid(pixels, columns), loss
+    png = grid(draw(shown), columns)
+    held_out = images_at(
+        wanted.shard_set, "holdout", choose(wanted.num_held_out, MOST_HELD_OUT, wanted.seed)
+    )
+    loss = holdout_loss(model, held_out, wanted.seed).estimate().value
+    figures = {}
+    reference = storage.read_manifest(wanted.reference) if wanted.num_measured else None
+    if reference is not None and reference.stats["extractor"] is not None:
+        labels = [i % num_classes if num_classes else None for i in range(wanted.num_measured)]
+        judged = "holdout_accuracy" in reference.stats and num_classes > 0
+        found = small_evaluation(draw(labels), labels if judged else None, wanted.reference)
+        figures = {f"{name}_n{wanted.num_measured}": value for name, value in found.items()}
+    return Preview(png, loss, figures)
+
+
+def small_evaluation(
+    pixels: np.ndarray, labels: list[int | None] | None, reference: str
+) -> dict[str, float]:
+    """The figures that can be had of a few samples.
+
+    Args:
+        labels: what the extractor is to take them for, if it is a judge of their classes.
+    """
+    extractor = extractor_of(reference)
+    assert extractor is not None
+    found = extractor(pixels)
+    drawn = FeatureSet(moments(found.features), found.features, found.log_probs)
+    figures, _ = compare(extractor.name, drawn, read_train(reference))
+    values = {name: float(figure["value"]) for name, figure in figures.items()}
+    if labels is not None and found.log_probs is not None:
+        right = found.log_probs.argmax(1) == torch.tensor(labels)
+        values["class_accuracy"] = float(right.double().mean())
+    return values
 
 
 class Made(NamedTuple):
     """A preview that is to be logged."""
 
     step: int
-    png: bytes
-    loss: float
+    preview: Preview
 
 
 class Previews:
@@ -66,7 +131,15 @@ class Previews:
         self.ctx = ctx
         shards = storage.read_manifest(ctx.inputs["preprocess"])
         assert shards is not None
-        self._num_held_out = int(shards.stats["num_images"]["holdout"])
+        config, reference = ctx.config, ctx.beside.get("reference")
+        self._wanted = Wanted(
+            ctx.inputs["preprocess"],
+            int(shards.stats["num_images"]["holdout"]),
+            reference or "",
+            config.evaluation.during_training if reference else 0,
+            config.sampling.guidance,
+            config.seed,
+        )
         self._added = set(ctx.tracked_run().image_steps("samples"))
         self._waiting: deque[tuple[int, str]] = deque()
         self._running: tuple[int, Any] | None = None
@@ -81,20 +154,17 @@ class Previews:
 
     def make(self, wait: bool = False) -> None:
         """Take in what is done and start what is next; with `wait`, until there is no more."""
-        config = self.ctx.config
         while self._running or self._waiting:
             if self._running is None:
                 step, uri = self._waiting.popleft()
-                shard_set, guidance = self.ctx.inputs["preprocess"], config.sampling.guidance
-                call = (uri, shard_set, self._num_held_out, guidance, config.seed)
-                self._running = step, self._task.remote(*call)
+                self._running = step, self._task.remote(uri, self._wanted)
             step, result = self._running
             if not ray.wait([result], timeout=None if wait else 0)[0]:
                 return
             self._running = None
             try:
-                made = Made(step, *ray.get(result))
-                self._made.append(made)
+                made: Preview = ray.get(result)
+                self._made.append(Made(step, made))
                 if math.isfinite(made.loss):
                     checkpoint.note_loss(self.ctx.folder, step, made.loss)
             except ray.exceptions.RayError as error:
@@ -111,8 +181,9 @@ class Previews:
         """
         run = self.ctx.tracked_run()
         while self._made:
-            step, png, loss = self._made[0]
-            if math.isfinite(loss):
-                run.log_history([{"step": step, "holdout_loss": loss}])
-            run.log_image("samples", step, png)  # last: its presence says that both are there
+            step, made = self._made[0]
+            figures = {"holdout_loss": made.loss, **made.figures}
+            figures = {name: value for name, value in figures.items() if math.isfinite(value)}
+            run.log_history([{"step": step, **figures}])
+            run.log_image("samples", step, made.png)  # last: its presence says that all is there
             self._made.popleft()

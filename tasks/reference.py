@@ -51,7 +51,6 @@ def run(ctx: StageContext) -> Outcome:
     ctx.progress.start(1, "extractor")
     if config.extractor is not None:
         extractors.keep_file(ctx.folder, config.extractor)
-        extractors.load_extractor(ctx.folder)  # what is wrong with it is better said now
     elif len(manifest.stats["class_names"]) >= 2 and not extractors.describe(ctx.folder):
         fit = ray.remote(num_cpus=1, max_retries=3)(fit_classifier)
         num_classes, epochs = len(manifest.stats["class_names"]), config.classifier_epochs
@@ -84,7 +83,9 @@ def run(ctx: StageContext) -> Outcome:
     if manifest.stats["num_images"]["holdout"]:
         paths.append(real_images.HOLDOUT)
     stats: dict[str, Any] = {"extractor": facts}
-    if config.extractor is None:
+    if config.extractor is not None:
+        paths.append(extractors.WEIGHTS)
+    else:
         paths += extractors.CLASSIFIER
         classifier = extractors.load_classifier(ctx.folder)
         accuracy = classifier.holdout_accuracy

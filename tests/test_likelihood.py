@@ -168,13 +168,11 @@ SHORT = make_model(["a", "b"], schedule="betas", betas=[0.5, 0.5], timesteps=2)
 def images() -> ImageSet:
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
-    return ImageSet(pixels, generator.integers(NO_LABEL, 2, 40), [str(i) for i in range(40)])
+    return ImageSet(pixels, generator.integers(NO_LABEL, 2, 40))
 
 
 def at(images: ImageSet, *rows: int) -> ImageSet:
-    chosen = list(rows)
-    keys = [images.keys[row] for row in chosen]
-    return ImageSet(images.images[chosen], images.labels[chosen], keys)
+    return ImageSet(images.images[list(rows)], images.labels[list(rows)])
 
 
 def zero_network(model: Model) -> Model:
@@ -199,7 +197,7 @@ def test_a_model_that_predicts_zero_noise_has_bits_in_closed_form(images: ImageS
 
 def test_hutchinsons_estimate_agrees_with_the_exact_trace_of_a_network(images: ImageSet) -> None:
     """Each image has the same dequantisation by both, and the difference is 0 on average."""
-    few = ImageSet(images.images[:, :4, :4], images.labels, images.keys)  # of 16 dimensions
+    few = ImageSet(images.images[:, :4, :4], images.labels)  # of 16 dimensions
     exact, estimate = (
         ode_bits_of(SHORT, at(few, *range(12)), np.arange(12), 0, trace).bits[:, 0]
         for trace in ("exact", "hutchinson")

@@ -1,56 +1,31 @@
 """Feature extractors: what turns images into the vectors that figures of merit compare.
 
 By default it is the classifier of features.py, trained on the images at hand, as published practice
-has it for small grey images; its figures are named after the run and compare with no others. A file
-of the user's takes its place: a network in TorchScript or ONNX, known by its hash, such as
-Inception in the form the FID is defined on. It is read from where the config says, and from nowhere
-else.
+has it for small grey images; its figures are named after the run and compare with no others. What
+the config names takes its place, see extractor_files.py. Either is kept in a folder, whole, so that
+no worker and no later run needs the file of the user's.
 """
 
-import io
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
 from pipeline import storage
 from pipeline.data.images import to_unit
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import CorruptArtifact
+from pipeline.evaluation.extractor_files import ExtractorConfig, config_of, find_by
 from pipeline.evaluation.features import TrainedClassifier, from_files, to_files
 
 INCEPTION = "inception"
 """An extractor of this name makes figures that are called FID, KID and inception score."""
 DESCRIPTION = "extractor.json"
 CLASSIFIER = ("classifier.safetensors", "classifier.json")
-IMAGES_AT_ONCE = 256
-
-
-class ExtractorConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """A network in a file, from images (B, 3, S, S) float32 to features (B, D)."""
-
-    file: str = Field(min_length=1)
-    """TorchScript (.pt) or ONNX (.onnx), as a path or fsspec URI."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Of the file: another one is refused."""
-    name: str = Field(pattern=r"^[a-z0-9_]+$", max_length=40)
-    """Figures are named after it, as in fd_NAME; `inception` makes them FID, KID, ..."""
-    image_size: int = Field(ge=8, le=1024)
-    """S, to which images are brought by Pillow's bicubic filter (Parmar et al. 2022)."""
-    value_range: Annotated[tuple[float, float], Field(strict=False)] = (-1.0, 1.0)
-    """What black and white are to the network."""
-
-    @field_validator("file")
-    @classmethod
-    def _is_of_a_known_kind(cls, file: str) -> str:
-        if not file.lower().endswith((".pt", ".onnx")):
-            raise ValueError(f"{file!r} must end in .pt (TorchScript) or .onnx")
-        return file
+WEIGHTS = "extractor.bin"
+"""The file of the user's, whatever its kind."""
 
 
 class Found(NamedTuple):
@@ -69,12 +44,13 @@ class Extractor:
     name: str
     digest: str
     find: Callable[[np.ndarray], Found]
-    """Of at most IMAGES_AT_ONCE images."""
+    """Of at most `images_at_once`."""
+    images_at_once: int
 
     def __call__(self, pixels: np.ndarray) -> Found:
         parts = [
-            self.find(pixels[start : start + IMAGES_AT_ONCE])
-            for start in range(0, len(pixels), IMAGES_AT_ONCE)
+            self.find(pixels[start : start + self.images_at_once])
+            for start in range(0, len(pixels), self.images_at_once)
         ]
         log_probs = [part.log_probs for part in parts if part.log_probs is not None]
         return Found(
@@ -94,8 +70,18 @@ def keep_classifier(folder: str, name: str, classifier: TrainedClassifier) -> No
 
 
 def keep_file(folder: str, config: ExtractorConfig) -> None:
-    """Keep where the user's file is as the extractor of a folder."""
-    facts = {"kind": "file", "name": config.name, "digest": config.sha256}
+    """Keep what the config names as the extractor of a folder, unless it is there already.
+
+    Raises:
+        ConfigError: it is missing, is another one, or is not what its name says.
+        StorageError: it cannot be read.
+    """
+    if describe(folder):
+        return
+    data = config.read()
+    find_by(config, data)  # what is wrong with it is better said before it is kept
+    entry = storage.write_bytes(storage.join(folder, WEIGHTS), data)
+    facts = {"kind": "file", "name": config.name, "digest": config.digest, "kept": entry.sha256}
     description = {**facts, "config": config.model_dump(mode="json")}
     storage.write_json(storage.join(folder, DESCRIPTION), description)
 
@@ -104,17 +90,24 @@ def load_extractor(folder: str) -> Extractor | None:
     """The extractor of a folder; None if it has none.
 
     Raises:
-        ConfigError: the user's file is missing, is another one, or is not what its name says.
+        CorruptArtifact: the file that was kept is damaged.
     """
     try:
         description = storage.read_json(storage.join(folder, DESCRIPTION))
     except FileNotFoundError:
         return None
+    name, digest = description["name"], description["digest"]
     if description["kind"] == "classifier":
-        find = _find_by(load_classifier(folder))
-    else:
-        find = _find_by_file(ExtractorConfig.model_validate(description["config"]))
-    return Extractor(description["name"], description["digest"], find)
+        return by_classifier(name, digest, load_classifier(folder))
+    data = storage.read_bytes(storage.join(folder, WEIGHTS))
+    if storage.sha256(data) != description["kept"]:
+        raise CorruptArtifact(
+            f"{storage.join(folder, WEIGHTS)} is damaged: delete its folder, and the same command "
+            "makes it anew"
+        )
+    found = find_by(config_of(description["config"]), data)
+    # such networks are wide, and their images large
+    return Extractor(name, digest, lambda pixels: Found(*found(pixels)), images_at_once=32)
 
 
 def load_classifier(folder: str) -> TrainedClassifier:
@@ -122,7 +115,8 @@ def load_classifier(folder: str) -> TrainedClassifier:
     return from_files({name: storage.read_bytes(storage.join(folder, name)) for name in CLASSIFIER})
 
 
-def _find_by(classifier: TrainedClassifier) -> Callable[[np.ndarray], Found]:
+def by_classifier(name: str, digest: str, classifier: TrainedClassifier) -> Extractor:
+    """The penultimate layer of a classifier, and its classes."""
     network = classifier.network
 
     @torch.inference_mode()
@@ -130,96 +124,7 @@ def _find_by(classifier: TrainedClassifier) -> Callable[[np.ndarray], Found]:
         features = network.features(to_unit(torch.from_numpy(pixels)))
         return Found(features, network.out(features).log_softmax(1))
 
-    return find
-
-
-# --- files of the user --------------------------------------------------------------------------
-
-
-def _find_by_file(config: ExtractorConfig) -> Callable[[np.ndarray], Found]:
-    try:
-        data = storage.read_bytes(config.file)
-    except FileNotFoundError as error:
-        raise ConfigError(f"evaluation.extractor.file={config.file!r} does not exist") from error
-    if (found := storage.sha256(data)) != config.sha256:
-        raise ConfigError(
-            f"evaluation.extractor.file={config.file!r} has the sha256 {found}, not the one in "
-            "evaluation.extractor.sha256: it is another file, or was damaged on its way"
-        )
-    run = _onnx(config, data) if config.file.lower().endswith(".onnx") else _script(config, data)
-
-    def find(pixels: np.ndarray) -> Found:
-        low, high = config.value_range
-        images = resized(pixels, config.image_size) * ((high - low) / 255.0) + low
-        features = run(images.astype(np.float32))
-        if features.ndim != 2 or len(features) != len(pixels):
-            raise DataError(
-                f"evaluation.extractor.file={config.file!r} makes {tuple(features.shape)} of "
-                f"{tuple(images.shape)}: it must make (N, D), a row an image"
-            )
-        return Found(features.float(), None)
-
-    return find
-
-
-def resized(pixels: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (N, H, W, C) as (N, 3, size, size) float32 of 0 to 255, grey in all three channels.
-
-    Each channel by Pillow's bicubic filter, which keeps out what is too fine for the new size, in
-    float32 and not rounded after: the rules of clean-fid (Parmar, Zhang & Zhu 2022, section 4).
-    """
-
-    def channel(plane: np.ndarray) -> np.ndarray:
-        image = Image.fromarray(plane.astype(np.float32), mode="F")
-        small = image.resize((size, size), Image.Resampling.BICUBIC)
-        return np.asarray(small).clip(0, 255)
-
-    planes = [[channel(image[..., c]) for c in range(image.shape[-1])] for image in pixels]
-    return np.stack([np.stack(of if len(of) == 3 else of * 3) for of in planes])
-
-
-def _script(config: ExtractorConfig, data: bytes) -> Callable[[np.ndarray], Tensor]:
-    try:
-        with warnings.catch_warnings():
-            # what is published as TorchScript has no other form
-            warnings.simplefilter("ignore", DeprecationWarning)
-            network = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
-        network.eval()
-    except RuntimeError as error:
-        raise ConfigError(
-            f"evaluation.extractor.file={config.file!r} is not TorchScript: save it with "
-            "torch.jit.script or torch.jit.trace"
-        ) from error
-
-    @torch.inference_mode()
-    def run(images: np.ndarray) -> Tensor:
-        features: Tensor = network(torch.from_numpy(images))
-        return features
-
-    return run
-
-
-def _onnx(config: ExtractorConfig, data: bytes) -> Callable[[np.ndarray], Tensor]:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ConfigError(
-            f"evaluation.extractor.file={config.file!r} needs onnxruntime: pip install onnxruntime"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # it has an exception type a cause
-        raise ConfigError(
-            f"evaluation.extractor.file={config.file!r} is not an ONNX model: {error}"
-        ) from error
-    name = session.get_inputs()[0].name
-
-    def run(images: np.ndarray) -> Tensor:
-        return torch.from_numpy(session.run(None, {name: images})[0])
-
-    return run
+    return Extractor(name, digest, find, images_at_once=256)
 
 
 def describe(folder: str) -> dict[str, str]:

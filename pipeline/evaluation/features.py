@@ -89,12 +89,6 @@ def predict(network: Classifier, x: Tensor) -> Tensor:
     return torch.cat([network(part).argmax(1) for part in torch.split(x, 256)])
 
 
-@torch.inference_mode()
-def features(network: Classifier, x: Tensor) -> Tensor:
-    """The penultimate layer of each image: (B, C, H, W) in [-1, 1] to (B, 128)."""
-    return torch.cat([network.features(part) for part in torch.split(x, 256)])
-
-
 def to_files(classifier: TrainedClassifier) -> dict[str, bytes]:
     """The classifier as files: safetensors and JSON."""
     facts = {

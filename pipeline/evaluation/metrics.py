@@ -3,7 +3,6 @@
 import math
 from typing import Annotated, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
@@ -14,8 +13,7 @@ from pipeline.diffusion.gaussian import q_sample
 from pipeline.diffusion.losses import simple_loss
 from pipeline.diffusion.parameterisation import target
 from pipeline.evaluation.estimate import Estimate, mean_of
-from pipeline.evaluation.extractors import ExtractorConfig
-from pipeline.evaluation.features import TrainedClassifier, predict
+from pipeline.evaluation.extractor_files import ExtractorConfig
 from pipeline.evaluation.likelihood import Trace
 from pipeline.samplers.model import Model
 from pipeline.samplers.plan import SamplerName, SamplingConfig
@@ -50,10 +48,16 @@ class EvaluationConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     samples: int = Field(default=500, ge=1)
     """Images drawn, their labels going round the classes."""
+    sigma_rel: float | None = None
+    """Of training.ema.kind=power: the width of the average that is measured and registered, any
+    that its snapshots can make; by default the first of training.ema.sigma_rel."""
     classifier_epochs: int = Field(default=30, ge=1)
     """Passes over the training images for the classifier that judges the samples."""
     extractor: ExtractorConfig | None = None
     """Of the features that figures compare; by default the classifier."""
+    during_training: int = Field(default=0, ge=0)
+    """Images drawn of each checkpoint whose figures are logged while training goes on; 0 for none.
+    They have the number in their names, since some figures depend on it."""
     over_steps: OverStepsConfig | None = None
     """Draws a curve of quality over evaluations of the network, a point for each of its pairs."""
     elbo_images: int = Field(default=0, ge=0)
@@ -64,19 +68,6 @@ class EvaluationConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Of the ODE's divergence: an unbiased estimate, or exact at the cost of all dimensions."""
     ode_draws: int = Field(default=1, ge=1, le=100)
     """Likelihoods of each image, each with its own dequantisation and estimate of the trace."""
-
-
-def class_accuracy(
-    classifier: TrainedClassifier, pixels: np.ndarray, labels: np.ndarray
-) -> tuple[float, float, np.ndarray]:
-    """The share of (N, H, W, C) uint8 samples that the classifier takes for their class.
-
-    Returns:
-        the share, its standard error √(p(1-p)/N), and the predicted classes (N,).
-    """
-    predicted = predict(classifier.network, to_unit(torch.from_numpy(pixels))).numpy()
-    p = float((predicted == labels).mean())
-    return p, math.sqrt(p * (1 - p) / len(labels)), predicted
 
 
 class HoldoutLoss(NamedTuple):

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.evaluate [--quick]
 
 - Moments of features of 2,048 dimensions, as those of Inception, that come 8,192 at a time: of
-  12,500 and of 50,000 images, each in a process of its own, with its peak memory, which is not to
+  25,000 and of 100,000 images, each in a process of its own, with its peak memory, which is not to
   grow; beside torchmetrics, which is given the same features in the same chunks.
 - Samples of the network of configs/fashion_mnist.yaml, untrained, with 20 DDIM steps, drawn as
   evaluation draws them (Ray tasks of 48 images, features by the classifier, files), against the
@@ -49,10 +49,10 @@ from tests.benchmarks.preprocess import WORKERS, at_once, result, started_ray
 
 CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
 DIM, CHUNK = 2048, 8192
-COUNTS, QUICK_COUNTS = (12_500, 50_000), (2_500, 10_000)
+COUNTS, QUICK_COUNTS = (25_000, 100_000), (17_000, 34_000)
 IMAGES, QUICK_IMAGES, ROUNDS = 960, 192, 3
 SAMPLING = SamplingConfig(steps=20)
-GOAL_SAMPLER, GOAL_MEMORY = 0.95, 1.0
+GOAL_SAMPLER, GOAL_MEMORY = 0.95, 0.98
 
 
 def main() -> None:
@@ -121,10 +121,10 @@ def measure_moments(counts: tuple[int, ...]) -> list[dict[str, Any]]:
     few, many = counts
     return [
         result(
-            f"peak memory of the moments of {many:,} images",
-            found["ours", many][1],
+            f"peak memory of the moments of {few:,} images",
             found["ours", few][1],
-            f"of {few:,} images",
+            found["ours", many][1],
+            f"of {many:,} images",
             GOAL_MEMORY,
             "MB",
         ),
@@ -133,7 +133,7 @@ def measure_moments(counts: tuple[int, ...]) -> list[dict[str, Any]]:
             many / found["ours", many][0],
             many / found["torchmetrics", many][0],
             "torchmetrics",
-            1.0,
+            None,
         ),
     ]
 

@@ -35,17 +35,12 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.data.images import to_unit
-from pipeline.data.shards import ImageSet, read_split
+from pipeline.data.parts import images_at
+from pipeline.data.shards import ImageSet
 from pipeline.errors import PipelineError, RequestError
-from pipeline.evaluation.extractors import CLASSIFIER, load_classifier
-from pipeline.evaluation.features import (
-    TrainedClassifier,
-    features,
-    train_classifier,
-)
+from pipeline.evaluation.extractors import CLASSIFIER, Extractor, by_classifier, load_classifier
+from pipeline.evaluation.features import TrainedClassifier, train_classifier
 from pipeline.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
-from pipeline.evaluation.metrics import class_accuracy
 from pipeline.registry.models import load_model, read_tag, resolve
 from pipeline.samplers.model import SOLVERS, Model, check_sampling, make_plan
 from pipeline.samplers.plan import SamplingConfig
@@ -78,11 +73,8 @@ class Judge:
     """The classifier, and the real training images in its feature space."""
 
     classifier: TrainedClassifier
+    extractor: Extractor
     real: Gaussian
-
-    def features(self, pixels: np.ndarray) -> Tensor:
-        """(N, H, W, C) uint8 to (N, 128)."""
-        return features(self.classifier.network, to_unit(torch.from_numpy(pixels)))
 
     def distance(self, of: Tensor) -> float:
         return frechet_distance(fit_gaussian(of), self.real)
@@ -216,9 +208,13 @@ def make_judge(
     options: argparse.Namespace, shard_set: str, num_classes: int
 ) -> tuple[Judge, ImageSet, ImageSet]:
     """The judge that the run made of the same images, or a new one; and the images."""
-    train, holdout = read_split(shard_set, "train"), read_split(shard_set, "holdout")
     manifest = storage.read_manifest(shard_set)
-    assert manifest is not None  # read_split looked
+    if manifest is None:
+        raise FileNotFoundError(f"there is no complete ShardSet at {shard_set}")
+    counts = manifest.stats["num_images"]
+    train, holdout = (
+        images_at(shard_set, split, np.arange(counts[split])) for split in ("train", "holdout")
+    )
     classifier = None
     parent = storage.join(options.storage, "reference")
     for name in storage.list_names(parent):
@@ -234,8 +230,9 @@ def make_judge(
             raise FileNotFoundError("a model without classes has no judge to measure it with")
         print(f"training a judge, {options.judge_epochs} epochs ...", flush=True)
         classifier = train_classifier(train, holdout, num_classes, 0, options.judge_epochs)
-    real = features(classifier.network, to_unit(torch.from_numpy(train.images)))
-    return Judge(classifier, fit_gaussian(real)), train, holdout
+    extractor = by_classifier("judge", "", classifier)
+    real = fit_gaussian(extractor(train.images).features)
+    return Judge(classifier, extractor, real), train, holdout
 
 
 def real_distances(judge: Judge, train: ImageSet, holdout: ImageSet, n: int) -> dict[str, float]:
@@ -243,7 +240,7 @@ def real_distances(judge: Judge, train: ImageSet, holdout: ImageSet, n: int) -> 
     found = {}
     rows = np.random.default_rng(0).permutation(len(train))[:n]
     for what, images in (("training", train.images[rows]), ("held-out", holdout.images[:n])):
-        of = judge.features(images)
+        of = judge.extractor(images).features
         if len(of) > of.shape[1]:
             found[f"{len(of)} real {what} images"] = judge.distance(of)
     return found
@@ -301,9 +298,10 @@ def measure(
     begin = time.monotonic()
     for seed in options.seeds:
         pixels = engine.draw([ImageRequest(seed, i, k, sampling) for i, k in enumerate(labels)])
-        of = judge.features(pixels)
+        of, log_probs = judge.extractor(pixels)
+        assert log_probs is not None  # it is a classifier
         distances.append(judge.distance(of))
-        accuracies.append(class_accuracy(judge.classifier, pixels, np.array(labels))[0])
+        accuracies.append(float((log_probs.argmax(1) == torch.tensor(labels)).double().mean()))
     seconds = time.monotonic() - begin
     spread = distances if len(distances) > 1 else bootstrap(judge, of)
     return Result(
