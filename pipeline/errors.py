@@ -14,6 +14,18 @@ PipelineError
 A message is one sentence, or two: what is wrong (key and value), the rule, and the remedy.
 """
 
+import reprlib
+
+MOST_SHOWN = 60
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = MOST_SHOWN
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: on one line, and cut if it is long or deep."""
+    text = _BRIEF.repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
+
 
 class PipelineError(Exception):
     """Base of all errors raised on purpose."""

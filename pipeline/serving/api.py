@@ -4,42 +4,89 @@ Compatible with the OpenAI images API, with extensions for what a diffusion mode
 Anything unknown or unsupported is refused with `param` set, never ignored.
 """
 
-from collections.abc import Collection
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from pipeline.errors import RequestError
+from pipeline.errors import MOST_SHOWN, RequestError, shown
 from pipeline.samplers.model import ModelSpec
 from pipeline.samplers.plan import OFFLINE, SamplingConfig, SolverSettings
-from pipeline.serving.engine import ImageRequest, Mode
+from pipeline.serving.engine import EXACT_ROWS, ImageRequest, Mode, check_request
+from pipeline.serving.recipe import Format
+
+MOST_PARTIAL_IMAGES = 1000
+"""Of a request, of all its images together."""
+MOST_PARTIAL_BYTES = 128 * 2**20
+"""Of their pixels: they are kept for who comes back, or does not read what is sent."""
 
 
 class ServingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The sampling service."""
 
-    replicas: int = Field(default=1, ge=1)
+    replicas: int | list[int] = 1
+    """Copies of the model; or [least, most], as many as there is work for."""
     mode: Mode = "exact"
     """Default of a request: `exact` (pixels depend on the recipe alone) or `fast`."""
+    rows: int = Field(default=EXACT_ROWS, ge=2, le=1024)
+    """Most rows of a network call, which in exact mode is padded to as many; part of a recipe."""
+    compile: bool = False
+    """In fast mode: torch.compile, on a GPU with CUDA graphs. Calls are padded to powers of two,
+    and a replica compiles each size before it counts as ready."""
     cpus_per_replica: int = Field(default=1, ge=1)
     gpus_per_replica: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     max_images: int = Field(default=64, ge=1)
     """Largest n of a request."""
-    max_queued_requests: int = Field(default=64, ge=1)
-    """Requests that wait or run at a time; beyond them a client is told to retry (429)."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Of an image; by default as many as the model has timesteps."""
+    max_rows: int = Field(default=200_000, ge=1)
+    """Rows of network calls that are accepted and not done, of all requests together; a client
+    that would go beyond them is told to retry (429)."""
+    max_rows_per_client: int | None = Field(default=None, ge=1)
+    """The same of one client: an API key, or an address where there are no keys. By default half
+    of max_rows."""
+    max_seconds: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    """From a request to its last image. A request is not taken (429) as long as it would take more
+    by the work that is before it; what is not done in time is given up (504)."""
+    max_models: int = Field(default=2, ge=1)
+    """Models that a replica holds in memory; the one used longest ago makes room for another."""
+
+    @field_validator("replicas")
+    @classmethod
+    def _replicas_are_counted(cls, replicas: int | list[int]) -> int | list[int]:
+        bounds = [replicas] * 2 if isinstance(replicas, int) else replicas
+        if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= 1000:
+            raise ValueError("must be a number from 1 to 1000, or two such, [least, most]")
+        return replicas
+
+    @property
+    def min_replicas(self) -> int:
+        return self.replicas if isinstance(self.replicas, int) else self.replicas[0]
+
+    @property
+    def rows_per_client(self) -> int:
+        return self.max_rows_per_client or -(-self.max_rows // 2)
+
+
+Text = Annotated[str, Field(max_length=32_000)]
+"""As long as OpenAI takes a prompt; that there is a limit is what refuses half a surrogate pair."""
 
 
 class GenerationRequest(SolverSettings, frozen=True, extra="forbid", strict=True):
     """The body of a request: what OpenAI's clients send, and the settings of a solver."""
 
-    prompt: str | None = None
+    prompt: Text | None = None
     """A class name of the model; OpenAI clients always send one. Empty for none."""
-    model: str | None = None
+    model: Text | None = None
     n: int = Field(default=1, ge=1)
-    size: str = "auto"
+    size: Text = "auto"
     response_format: Literal["b64_json"] = "b64_json"
-    output_format: Literal["png"] = "png"
-    user: str | None = None
+    output_format: Format = "png"
+    stream: bool = False
+    """Server-sent events: images as they come, and before them partial images."""
+    partial_images: int = Field(default=0, ge=0)
+    """Of each image, evenly over its evaluations; OpenAI's clients ask for 3 at most."""
+    user: Text | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Drawn at random and reported when missing."""
     class_label: int | None = Field(default=None, ge=0)
@@ -56,6 +103,25 @@ class GenerationRequest(SolverSettings, frozen=True, extra="forbid", strict=True
         )
 
 
+def rows_of(sampling: SamplingConfig) -> int:
+    """The rows of network calls that an image takes, about: what a request costs."""
+    evaluations = sampling.steps * (2 if sampling.sampler == "heun" else 1)
+    if sampling.singlestep:
+        evaluations *= sampling.order
+    return evaluations * (2 if sampling.guidance else 1)
+
+
+def usage_of(rows: int) -> dict[str, Any]:
+    """What was spent, in OpenAI's form: rows of network calls stand for tokens put out."""
+    details = {"text_tokens": 0, "image_tokens": 0}
+    return {
+        "input_tokens": 0,
+        "input_tokens_details": details,
+        "output_tokens": rows,
+        "total_tokens": rows,
+    }
+
+
 PARAM_OF_ENGINE = {
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",
@@ -64,13 +130,8 @@ PARAM_OF_ENGINE = {
 """What the engine's names are called in a request."""
 
 
-def parse_request(
-    body: Any, spec: ModelSpec, names: Collection[str], max_images: int
-) -> GenerationRequest:
-    """A request body (parsed JSON), checked against the model that is served.
-
-    Args:
-        names: what the model may be called.
+def parse_request(body: Any, spec: ModelSpec, config: ServingConfig) -> GenerationRequest:
+    """A request body (parsed JSON), checked against the model that is to draw.
 
     Raises:
         RequestError: with `param` set to the field that is wrong.
@@ -88,20 +149,40 @@ def parse_request(
             "draw with `ddpm sample`, or choose another sampler",
             "sampler",
         )
-    if request.n > max_images:
-        raise RequestError(f"n={request.n} must be from 1 to {max_images}", "n")
-    if request.model is not None and request.model not in names:
-        known = " or ".join(sorted(names))
-        raise RequestError(f"model={request.model!r} is not served here; {known} is", "model")
+    if request.n > config.max_images:
+        raise RequestError(f"n={shown(request.n)} must be from 1 to {config.max_images}", "n")
+    steps = request.sampling(spec).steps
+    if config.max_steps is not None and steps > config.max_steps:
+        raise RequestError(
+            f"num_inference_steps={shown(steps)} must be at most {config.max_steps} here",
+            "num_inference_steps",
+        )
+    if request.n * request.partial_images > MOST_PARTIAL_IMAGES:
+        raise RequestError(
+            f"n={request.n} times partial_images={shown(request.partial_images)} must be at most "
+            f"{MOST_PARTIAL_IMAGES}",
+            "partial_images",
+        )
+    frame = 2 * math.prod(spec.image_shape)  # x_0 and x_t
+    if request.n * request.partial_images * frame > MOST_PARTIAL_BYTES:
+        raise RequestError(
+            f"n={request.n} times partial_images={request.partial_images} must be at most "
+            f"{MOST_PARTIAL_BYTES // frame} for images of {spec.image_size}x{spec.image_size}",
+            "partial_images",
+        )
+    if request.partial_images and not request.stream:
+        raise RequestError(
+            f"partial_images={shown(request.partial_images)} needs stream=true", "partial_images"
+        )
     size = f"{spec.image_size}x{spec.image_size}"
     if request.size not in ("auto", size):
         raise RequestError(
-            f"size={request.size!r} must be auto or {size}, the model's size", "size"
+            f"size={shown(request.size)} must be auto or {size}, the model's size", "size"
         )
     if request.prompt and request.prompt not in spec.class_names:
         known = ", ".join(spec.class_names[:20]) or "none, the model is unconditional"
         raise RequestError(
-            f"prompt={request.prompt!r} is not a class name; there are: {known}", "prompt"
+            f"prompt={shown(request.prompt)} is not a class name; there are: {known}", "prompt"
         )
     if request.prompt and request.class_label is not None:
         raise RequestError("give prompt (a class name) or class_label, not both", "class_label")
@@ -109,11 +190,21 @@ def parse_request(
 
 
 def image_requests(request: GenerationRequest, spec: ModelSpec, seed: int) -> list[ImageRequest]:
-    """The n recipes of a request."""
+    """The n recipes of a request.
+
+    Raises:
+        RequestError: the model cannot draw them.
+    """
     label = request.class_label
     if request.prompt:
         label = spec.class_names.index(request.prompt)
-    return [ImageRequest(seed, i, label, request.sampling(spec)) for i in range(request.n)]
+    images = [ImageRequest(seed, i, label, request.sampling(spec)) for i in range(request.n)]
+    try:
+        check_request(spec, images[0])
+    except RequestError as error:
+        param = PARAM_OF_ENGINE.get(error.param or "", error.param)
+        raise RequestError(error.message, param) from error
+    return images
 
 
 def error_body(
@@ -127,8 +218,11 @@ def _first_problem(error: ValidationError) -> RequestError:
     problem = error.errors()[0]
     param = str(problem["loc"][0]) if problem["loc"] else None
     if problem["type"] == "extra_forbidden":
+        assert param is not None
+        if not 0 < len(param) <= MOST_SHOWN or not param.isprintable():
+            return RequestError(f"{shown(param)} is not a parameter of this service")
         return RequestError(f"{param} is not a parameter of this service", param)
-    value = repr(problem["input"])
-    shown = value if len(value) <= 60 else value[:57] + "..."
     message = problem["msg"].removeprefix("Value error, ")
-    return RequestError(f"{param}={shown}: {message}" if param else message, param)
+    return RequestError(
+        f"{param}={shown(problem['input'])}: {message}" if param else message, param
+    )

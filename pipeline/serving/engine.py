@@ -7,31 +7,35 @@ between calls. A guided image is two rows, ε(c) and ε(∅).
 In `exact` mode the pixels of an image depend on its recipe alone (promise P3): its noise is
 addressed by (seed, index, step), and every network call has one fixed shape, padded with zeros, on
 one thread, since the kernels that torch picks for another batch size or thread count round
-differently. In `fast` mode a call has as many rows as there are.
+differently. In `fast` mode a call has as many rows as there are, and the network may be compiled,
+for calls of a few sizes.
 """
 
 import contextlib
 import queue
 import threading
-from collections import deque
-from collections.abc import Container, Iterator, Sequence
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.data.images import to_uint8
 from pipeline.diffusion.guidance import guided, rescaled
-from pipeline.errors import RequestError
+from pipeline.errors import RequestError, shown
 from pipeline.samplers.model import Model, ModelSpec, check_sampling, make_plan
 from pipeline.samplers.plan import (
     ALPHA_BAR,
     GUIDANCE,
+    NUM_COLUMNS,
     OFFLINE,
     RESCALE,
+    SLOTS,
     SamplingConfig,
     T,
     X,
@@ -42,11 +46,13 @@ from pipeline.samplers.plan import (
     threshold,
 )
 from pipeline.seeding import key, normal
+from pipeline.serving import turns
 
 EXACT_ROWS = 16
 """Rows of a network call: where the throughput of small U-Nets on CPU cores has its knee."""
 
 Mode = Literal["exact", "fast"]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -59,31 +65,63 @@ class ImageRequest:
     sampling: SamplingConfig
 
 
-@dataclass(eq=False)
-class _Image:
-    """An image in hand: at which row of its plan it is, and the state of its sampler."""
+@dataclass(frozen=True)
+class Caller:
+    """Who waits for an image, so that turns are fair (see turns.py): its request, and whose."""
+
+    request: int
+    client: int
+    id: str | None = None
+    """What people know the request by."""
+
+
+class InHand(NamedTuple):
+    """An image in hand, as people are shown it."""
+
+    request: str | None
+    """The id of its caller."""
+    image_index: int
+    evaluation: int
+    """Evaluations that it has had, of all that it takes."""
+    evaluations: int
+    t: float
+    """Of its next evaluation."""
+    rows: int
+    """Of the network call that its next evaluation takes."""
+    in_call: bool
+    """It took part in the last network call."""
+
+
+class Frame(NamedTuple):
+    """An image on its way, after one of its network evaluations."""
 
     ticket: int
-    request: ImageRequest
-    table: Tensor  # (network evaluations, NUM_COLUMNS)
-    position: int
-    state: Tensor  # (5, C, H, W)
+    evaluation: int
+    """From 1."""
+    evaluations: int
+    """Of the whole image."""
+    x_t: Tensor
+    x_0: Tensor
+    """(C, H, W) float32: x_t, and what the network takes the clean image for, in [-1, 1]."""
 
-    @property
-    def row(self) -> Tensor:
-        return self.table[self.position]
 
-    @property
-    def rows(self) -> int:
-        return 2 if self.row[GUIDANCE] else 1
+class Step(NamedTuple):
+    """What a network call brought."""
+
+    finished: list[tuple[int, np.ndarray]]
+    """(ticket, (H, W, C) uint8) of images that are done."""
+    frames: list[Frame]
 
 
 class Engine:
     """Draws images from one model. Not thread-safe; see EngineThread.
 
+    Images in hand have places in a few tensors, of which a network call takes some by index.
+
     Args:
         mode: `exact` or `fast`, see the module.
         rows: the most rows in a network call, and in exact mode the number of rows in each.
+        compiled: with torch.compile, on a GPU as CUDA graphs; of fast mode only.
     """
 
     def __init__(
@@ -92,72 +130,141 @@ class Engine:
         mode: Mode = "exact",
         rows: int = EXACT_ROWS,
         device: torch.device | None = None,
+        compiled: bool = False,
     ) -> None:
         assert rows >= 2, "a guided image takes two rows"
-        self.model = model
+        assert mode == "fast" or not compiled, "another shape, or another kernel, rounds otherwise"
+        self.device = device or torch.device("cpu")
+        model.network.to(self.device)
         self.mode = mode
         self.rows = rows
-        self.device = device or torch.device("cpu")
+        self.sizes = _powers_of_two(rows) if compiled else (rows,) if mode == "exact" else ()
+        """Of a call, which is padded to the next of them; none: of any size."""
+        self.model = _compiled(model, self.device) if compiled else model
         self.num_calls = 0
         self.num_useful_rows = 0
-        self._waiting: deque[_Image] = deque()
         self._next_ticket = 0
-        model.network.to(self.device)
+        self._clear()
 
     @property
     def num_images(self) -> int:
         """Images in hand."""
-        return len(self._waiting)
+        return int(self._book["in_hand"].sum())
 
-    def add(self, request: ImageRequest) -> int:
+    @property
+    def num_rows(self) -> int:
+        """Network rows that the images in hand still need."""
+        book = self._book  # once: this may be asked from another thread
+        return int(book["remaining"][book["in_hand"]].sum())
+
+    def add(self, request: ImageRequest, caller: Caller | None = None, frames: int = 0) -> int:
         """Take an image in; returns its ticket.
+
+        Args:
+            caller: by default the image is a request of its own, of a client of its own.
+            frames: so many are handed out on its way, evenly, and at most one an evaluation.
 
         Raises:
             RequestError: the model cannot draw it.
         """
         check_request(self.model.spec, request)
         assert request.sampling.sampler not in OFFLINE, "drawn by pipeline/serving/offline.py"
+        table = make_plan(self.model, request.sampling).table
+        place = self._free_place(len(table))
         ticket = self._next_ticket
         self._next_ticket += 1
-        table = make_plan(self.model, request.sampling).table
-        x_T = normal([_noise_key(request, 0)], self.model.spec.image_shape)
-        self._waiting.append(_Image(ticket, request, table, 0, start(x_T)[0]))
+        caller = caller or Caller(-1 - ticket, -1 - ticket)  # no number of a caller's
+        self._requests[place] = request
+        self._ids[place] = caller.id
+        self._labels[place] = self.label_of(request.label)
+        self._tables[place, : len(table)] = table
+        self._state[place] = start(normal([_noise_key(request, 0)], self.model.spec.image_shape))[0]
+        if frames:
+            self._frames_at[place] = evenly(len(table), frames)
+        rows = 1 + (table[:, GUIDANCE] != 0).long()
+        self._book[place] = (
+            True,
+            ticket,
+            caller.request,
+            caller.client,
+            self.num_calls,
+            0,
+            len(table),
+            int(rows.sum()),
+            int(rows[0]),
+        )
         return ticket
 
-    def step(self) -> list[tuple[int, np.ndarray]]:
-        """One network call; returns (ticket, (H, W, C) uint8) of the images it finished."""
-        images = self._gather()
-        if not images:
-            return []
-        state = torch.stack([image.state for image in images])  # (n, 5, C, H, W)
-        rows = torch.stack([image.row for image in images])  # (n, NUM_COLUMNS)
-        labels = [image.request.label for image in images]
-        x_0, fraction = self.x_0(labels, state[:, X], rows)
+    def step(self) -> Step:
+        """One network call."""
+        places = turns.choose(self._book, self.rows, self.num_calls, self.rows // 2)
+        if not len(places):
+            return Step([], [])
+        self._last_call = self._book["ticket"][places]
+        positions = self._book["position"][places]
+        at = torch.from_numpy(places)
+        rows = self._tables[at, torch.from_numpy(positions)]  # (n, NUM_COLUMNS)
+        state = self._state[at]  # (n, 5, C, H, W)
+        x_0, fraction = self.x_0(self._labels[at], state[:, X], rows)
+        x_0 = threshold(x_0, rows)
         z = torch.zeros_like(x_0)
-        for i in needs_noise(rows).nonzero().flatten().tolist():
-            noise_key = _noise_key(images[i].request, images[i].position + 1)
-            z[i] = normal([noise_key], self.model.spec.image_shape)[0]
-        z = scaled_noise(z, fraction, rows)
-        state = advance(state, threshold(x_0, rows), z, rows)
+        noisy = needs_noise(rows)
+        if noisy.any():
+            keys = [
+                _noise_key(self._requests[places[i]], int(positions[i]) + 1)
+                for i in noisy.nonzero().flatten().tolist()
+            ]
+            z[noisy] = normal(keys, self.model.spec.image_shape)
+        state = advance(state, x_0, scaled_noise(z, fraction, rows), rows)
+        self._state[at] = state
+        return self._move_on(places, state[:, X], x_0)
 
-        finished = []
-        for image, following in zip(images, state, strict=True):
-            image.state = following
-            image.position += 1
-            if image.position == len(image.table):
-                finished.append(image)
-        for image in finished:
-            self._waiting.remove(image)
-        if not finished:
-            return []
-        pixels = to_uint8(torch.stack([image.state[X] for image in finished]))
-        return [(image.ticket, p) for image, p in zip(finished, pixels, strict=True)]
+    def _move_on(self, places: np.ndarray, x_t: Tensor, x_0: Tensor) -> Step:
+        """Note that images have had an evaluation, and part with those that are done."""
+        book = self._book[places]
+        book["position"] += 1
+        book["remaining"] -= book["rows"]
+        is_done = book["position"] == book["length"]
+        following = np.where(is_done, 0, book["position"])
+        w = self._tables[torch.from_numpy(places), torch.from_numpy(following), GUIDANCE]
+        book["rows"] = 1 + (w != 0).numpy()
+        book["in_hand"] = ~is_done
+        self._book[places] = book
+
+        frames = []
+        for i, place in enumerate(places.tolist() if self._frames_at else []):
+            position = int(book["position"][i])
+            if position in self._frames_at.get(place, ()):
+                ticket, length = int(book["ticket"][i]), int(book["length"][i])
+                frames.append(Frame(ticket, position, length, x_t[i], x_0[i]))
+        done = np.flatnonzero(is_done)
+        if not len(done):
+            return Step([], frames)
+        for place in places[done].tolist():
+            self._forget(place)
+        pixels = to_uint8(x_t[torch.from_numpy(done)])
+        return Step(list(zip(book["ticket"][done].tolist(), pixels, strict=True)), frames)
+
+    def warm_up(self) -> float:
+        """Let torch set up, or compile, calls of each size; returns the rows/s of the largest."""
+        seconds = 0.0
+        for size in (*self.sizes, self.rows, self.rows):
+            zeros, half = torch.zeros(size, *self.model.spec.image_shape), torch.full((size,), 0.5)
+            labels = torch.full((size,), self.label_of(None))
+            with self._kernels():
+                begin = time.perf_counter()
+                output, _ = self.model.output(
+                    zeros.to(self.device), half.double(), half.double(), labels
+                )
+                output.cpu()
+                seconds = time.perf_counter() - begin
+        return self.rows / seconds
 
     def generate(self, requests: Sequence[ImageRequest]) -> Iterator[tuple[int, np.ndarray]]:
         """Draw all requests; yields (position in `requests`, (H, W, C) uint8) as images finish."""
         position = {self.add(request): i for i, request in enumerate(requests)}
         while self.num_images:
-            for ticket, pixels in self.step():
+            for ticket, pixels in self.step().finished:
                 yield position[ticket], pixels
 
     def draw(self, requests: Sequence[ImageRequest]) -> np.ndarray:
@@ -165,43 +272,95 @@ class Engine:
         images = dict(self.generate(requests))
         return np.stack([images[i] for i in range(len(requests))])
 
-    def drop(self, tickets: Container[int]) -> None:
-        """Forget images in hand."""
-        self._waiting = deque(image for image in self._waiting if image.ticket not in tickets)
-
-    def _gather(self) -> list[_Image]:
-        """The images of the next call: the oldest whose rows fit."""
-        images, free = [], self.rows
-        for image in self._waiting:
-            if image.rows <= free:
-                images.append(image)
-                free -= image.rows
-            if not free:
-                break
+    def in_hand(self) -> list[InHand]:
+        """The images in hand: those of the last network call, then those that wait."""
+        places = np.flatnonzero(self._book["in_hand"])
+        book = self._book[places]
+        positions = np.ascontiguousarray(book["position"])
+        t = self._tables[torch.from_numpy(places), torch.from_numpy(positions), T]
+        in_call = np.isin(book["ticket"], self._last_call)
+        images = []
+        for i in np.lexsort((book["ticket"], ~in_call)).tolist():
+            request = self._requests[places[i]]
+            assert request is not None
+            evaluation, evaluations, rows = book[["position", "length", "rows"]][i].item()
+            images.append(
+                InHand(
+                    self._ids[places[i]],
+                    request.index,
+                    evaluation,
+                    evaluations,
+                    float(t[i]),
+                    rows,
+                    bool(in_call[i]),
+                )
+            )
         return images
 
-    def x_0(
-        self, labels: Sequence[int | None], x: Tensor, rows: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def drop(self, tickets: Container[int]) -> None:
+        """Forget images in hand."""
+        for place in np.flatnonzero(self._book["in_hand"]).tolist():
+            if int(self._book["ticket"][place]) in tickets:
+                self._forget(place)
+
+    # --- places -----------------------------------------------------------------------------------
+
+    def _clear(self) -> None:
+        self._book = turns.new_book(0)
+        self._state = torch.empty(0, len(SLOTS), *self.model.spec.image_shape)
+        self._tables = torch.empty(0, 0, NUM_COLUMNS, dtype=torch.float64)
+        self._labels = torch.empty(0, dtype=torch.int64)
+        self._requests: list[ImageRequest | None] = []
+        self._ids: list[str | None] = []
+        self._last_call = np.empty(0, dtype=np.int64)
+        self._frames_at: dict[int, set[int]] = {}
+
+    def _free_place(self, length: int) -> int:
+        """A place for an image whose plan has so many rows."""
+        if not self.num_images and len(self._book):
+            self._clear()  # after a crowd, or a long plan, there is less to hold
+        free = np.flatnonzero(~self._book["in_hand"])
+        more = 0 if len(free) else max(4, len(self._book))
+        wider = max(0, length - self._tables.shape[1])
+        if more or wider:
+            self._book = np.concatenate([self._book, turns.new_book(more)])
+            self._state = F.pad(self._state, (0, 0) * 4 + (0, more))
+            self._tables = F.pad(self._tables, (0, 0, 0, wider, 0, more))
+            self._labels = F.pad(self._labels, (0, more))
+            self._requests += [None] * more
+            self._ids += [None] * more
+        return int(free[0]) if len(free) else len(self._book) - more
+
+    def _forget(self, place: int) -> None:
+        self._book["in_hand"][place] = False
+        self._requests[place] = None
+        self._frames_at.pop(place, None)
+
+    def label_of(self, label: int | None) -> int:
+        """A label as the network takes it, none as the null label."""
+        return self.model.spec.num_classes if label is None else label
+
+    # --- the network ------------------------------------------------------------------------------
+
+    def x_0(self, labels: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """x̂_0 of n images, guided where their rows of a plan say so, by one call of the network.
 
-        And the fraction of a learned variance; x and both of these (n, C, H, W). Guided images
-        count twice, and there are at most `rows`.
+        And the fraction of a learned variance; x and both of these (n, C, H, W), labels (n,) as of
+        `label_of`. Guided images count twice, and there are at most `rows`.
         """
-        n, null = len(labels), self.model.spec.num_classes
-        labels = [null if label is None else label for label in labels]
+        n = len(labels)
         w = rows[:, GUIDANCE]
         is_guided = w != 0
         num_rows = n + int(is_guided.sum())
-        padding = self.rows - num_rows if self.mode == "exact" else 0
+        padding = next((size for size in self.sizes if size >= num_rows), num_rows) - num_rows
         x_rows = torch.cat([x, x[is_guided], x.new_zeros(padding, *x.shape[1:])])
         t, alpha_bar = (
             torch.cat([column, column[is_guided], column[:1].expand(padding)])
             for column in (rows[:, T], rows[:, ALPHA_BAR])
         )
-        label_rows = torch.tensor([*labels, *[null] * (num_rows - n + padding)])
+        label_rows = F.pad(labels, (0, num_rows - n + padding), value=self.label_of(None))
 
-        with self._threads():
+        with self._kernels():
             output, fraction = self.model.output(x_rows.to(self.device), t, alpha_bar, label_rows)
         self.num_calls += 1
         self.num_useful_rows += num_rows
@@ -218,17 +377,43 @@ class Engine:
         return x_0, None if fraction is None else fraction[:n].cpu()
 
     @contextlib.contextmanager
-    def _threads(self) -> Iterator[None]:
-        """One thread in exact mode on a CPU: the number of threads changes the last bits."""
+    def _kernels(self) -> Iterator[None]:
+        """In exact mode the same kernels for the same shape, wherever and whenever it is called.
+
+        On a CPU one thread, since their number changes the last bits; on a GPU neither a choice by
+        trial nor atomic sums.
+        """
         threads = torch.get_num_threads()
-        if self.mode != "exact" or self.device.type != "cpu" or threads == 1:
+        if self.mode == "exact" and self.device.type == "cuda":
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+                yield
+        elif self.mode == "exact" and threads > 1:
+            torch.set_num_threads(1)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(threads)
+        else:
             yield
-            return
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+
+
+def evenly(evaluations: int, frames: int) -> set[int]:
+    """The evaluations, from 1, after which an image has a frame; none after the last, its end."""
+    return {evaluations * (i + 1) // (frames + 1) for i in range(frames)} - {0, evaluations}
+
+
+def _powers_of_two(rows: int) -> tuple[int, ...]:
+    """1, 2, 4, ... and `rows`."""
+    return (*(1 << i for i in range((rows - 1).bit_length())), rows)
+
+
+def _compiled(model: Model, device: torch.device) -> Model:
+    """The same model, its network compiled for each shape that it meets."""
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    # by default dynamo gives up after 8 shapes, and goes on uncompiled
+    torch._dynamo.config.recompile_limit = 32
+    network: Any = torch.compile(model.network, dynamic=False, mode=mode)
+    return replace(model, network=network)
 
 
 def check_request(spec: ModelSpec, request: ImageRequest) -> None:
@@ -239,7 +424,9 @@ def check_request(spec: ModelSpec, request: ImageRequest) -> None:
         known = (
             f"from 0 to {spec.num_classes - 1}" if spec.num_classes else "none: it has no classes"
         )
-        raise RequestError(f"label={request.label} is not a class of the model, {known}", "label")
+        raise RequestError(
+            f"label={shown(request.label)} is not a class of the model, {known}", "label"
+        )
     if request.label is None and spec.num_classes and not spec.has_null_label:
         raise RequestError(
             "label is missing: the model was trained with training.label_dropout=0 and draws only "
@@ -260,25 +447,76 @@ def _noise_key(request: ImageRequest, draw: int) -> int:
     return key(request.seed, "sample", request.index, draw)
 
 
-class EngineThread:
-    """An engine on a thread of its own; `submit` from any thread."""
+class _Order(NamedTuple):
+    """An image that a caller of EngineThread wants."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._inbox: queue.SimpleQueue[tuple[ImageRequest, Future[np.ndarray]] | None]
-        self._inbox = queue.SimpleQueue()
+    engine: Engine
+    request: ImageRequest
+    caller: Caller | None
+    frames: int
+    on_frame: Callable[[Frame], None]
+    future: "Future[np.ndarray]"
+
+
+class _Call(NamedTuple):
+    """Something else that the thread is to do."""
+
+    function: Callable[[], Any]
+    future: "Future[Any]"
+
+
+class EngineThread:
+    """Engines that take turns on a thread of their own; `submit` from any thread.
+
+    The thread does nothing but steps: who waits for an image or a frame encodes it.
+
+    Args:
+        on_step: told of each network call, with its seconds and its rows without padding, on the
+            thread, which it must not hold up.
+    """
+
+    def __init__(
+        self, on_step: Callable[[Engine, float, int], None] = lambda engine, seconds, rows: None
+    ) -> None:
+        self._on_step = on_step
+        self._inbox: queue.SimpleQueue[_Order | _Call | None] = queue.SimpleQueue()
+        self._orders: dict[Engine, dict[int, _Order]] = {}
+        self._progress = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: ImageRequest) -> "Future[np.ndarray]":
-        """The (H, W, C) uint8 image of a request, when it is done; cancel it to drop the image."""
+    def submit(
+        self,
+        engine: Engine,
+        request: ImageRequest,
+        caller: Caller | None = None,
+        frames: int = 0,
+        on_frame: Callable[[Frame], None] = lambda frame: None,
+    ) -> "Future[np.ndarray]":
+        """The (H, W, C) uint8 image of a request, when it is done; cancel it to drop the image.
+
+        Args:
+            engine: used by this thread alone from now on.
+            on_frame: called on this thread, which it must not hold up.
+        """
         future: Future[np.ndarray] = Future()
-        self._inbox.put((request, future))
+        self._inbox.put(_Order(engine, request, caller, frames, on_frame, future))
+        return future
+
+    def call(self, function: Callable[[], Result]) -> "Future[Result]":
+        """Call a function on the thread, between network calls."""
+        future: Future[Result] = Future()
+        self._inbox.put(_Call(function, future))
         return future
 
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def seconds_in_step(self) -> float:
+        """Since the thread last came out of a network call with work in hand; 0 without work."""
+        return time.monotonic() - self._progress if self._orders else 0.0
 
     def close(self) -> None:
         """End the thread; images that are not done are cancelled."""
@@ -286,39 +524,70 @@ class EngineThread:
         self._thread.join()
 
     def _run(self) -> None:
-        futures: dict[int, Future[np.ndarray]] = {}
-        while self._admit(futures):
-            gone = {ticket for ticket, future in futures.items() if future.cancelled()}
-            if gone:
-                self.engine.drop(gone)
-                for ticket in gone:
-                    del futures[ticket]
-            try:
-                finished = self.engine.step()
-            except Exception as error:  # of the network or the device: no caller may wait for ever
-                self.engine.drop(futures)
-                for future in futures.values():
-                    if future.set_running_or_notify_cancel():
-                        future.set_exception(error)
-                futures.clear()
-                continue
-            for ticket, pixels in finished:
-                future = futures.pop(ticket)
-                if future.set_running_or_notify_cancel():
-                    future.set_result(pixels)
-        for future in futures.values():
-            future.cancel()
+        while self._admit():
+            for engine in list(self._orders):
+                self._step(engine, self._orders[engine])
+                self._progress = time.monotonic()
+                if not self._orders[engine]:
+                    del self._orders[engine]
+        for orders in self._orders.values():
+            for order in orders.values():
+                order.future.cancel()
 
-    def _admit(self, futures: dict[int, "Future[np.ndarray]"]) -> bool:
+    def _step(self, engine: Engine, orders: dict[int, _Order]) -> None:
+        gone = {ticket for ticket, order in orders.items() if order.future.cancelled()}
+        if gone:
+            engine.drop(gone)
+            for ticket in gone:
+                del orders[ticket]
+        begin, useful_rows = time.perf_counter(), engine.num_useful_rows
+        try:
+            step = engine.step()
+        except Exception as error:  # of the network or the device: no caller may wait for ever
+            engine.drop(orders)
+            for order in orders.values():
+                _fail(order.future, error)
+            orders.clear()
+            return
+        if rows := engine.num_useful_rows - useful_rows:
+            self._on_step(engine, time.perf_counter() - begin, rows)
+        for frame in step.frames:
+            orders[frame.ticket].on_frame(frame)
+        for ticket, pixels in step.finished:
+            future = orders.pop(ticket).future
+            if future.set_running_or_notify_cancel():
+                future.set_result(pixels)
+
+    def _admit(self) -> bool:
         """Take in what was submitted, waiting only if there is no work in hand; False to end."""
-        while not futures or not self._inbox.empty():
-            message = self._inbox.get()
-            if message is None:
+        while not self._orders or not self._inbox.empty():
+            order = self._inbox.get()
+            if order is None:
                 return False
-            request, future = message
+            if isinstance(order, _Call):
+                _fulfil(order.future, order.function)
+                continue
+            if not self._orders:
+                self._progress = time.monotonic()
             try:
-                futures[self.engine.add(request)] = future
+                ticket = order.engine.add(order.request, order.caller, order.frames)
             except Exception as error:
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(error)
+                _fail(order.future, error)
+            else:
+                self._orders.setdefault(order.engine, {})[ticket] = order
         return True
+
+
+def _fulfil(future: "Future[Any]", function: Callable[[], Any]) -> None:
+    try:
+        result = function()
+    except Exception as error:
+        _fail(future, error)
+    else:
+        if future.set_running_or_notify_cancel():
+            future.set_result(result)
+
+
+def _fail(future: "Future[Any]", error: Exception) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)

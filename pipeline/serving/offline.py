@@ -74,7 +74,7 @@ def _by_plan(engine: Engine, requests: list[ImageRequest]) -> Drawn:
 def _offline(engine: Engine, requests: list[ImageRequest]) -> Drawn:
     """Images of one sampling config, as many as a network call takes."""
     model, sampling = engine.model, requests[0].sampling
-    labels = [request.label for request in requests]
+    labels = torch.tensor([engine.label_of(request.label) for request in requests])
 
     def predict(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         return engine.x_0(labels, x.float(), rows)

@@ -30,6 +30,7 @@ def load(context: typer.Context, path: str, overrides: list[str] | None) -> tupl
     """The config with absolute places, and the tracking URI."""
     from pipeline.config import load_config
     from pipeline.data.listing import absolute
+    from pipeline.evaluation.extractor_files import InceptionWeights, NetworkFile
 
     config = load_config(path, overrides)
     places = {"source": absolute(config.data.source)}
@@ -39,7 +40,8 @@ def load(context: typer.Context, path: str, overrides: list[str] | None) -> tupl
         "storage": storage.absolute(config.storage),
         "data": config.data.model_copy(update=places),
     }
-    if (extractor := config.evaluation.extractor) is not None:
+    extractor = config.evaluation.extractor
+    if isinstance(extractor, NetworkFile | InceptionWeights):
         place = extractor.model_copy(update={"file": storage.absolute(extractor.file)})
         update["evaluation"] = config.evaluation.model_copy(update={"extractor": place})
     config = config.model_copy(update=update)
@@ -84,7 +86,8 @@ def validated(model: Any, prefix: str, **values: Any) -> Any:
         problem = error.errors()[0]
         name = ".".join(map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
-        option = f"{prefix}{name} {problem['input']}: " if name and prefix == "--" else ""
+        shown = name and prefix in ("--", "--set ")
+        option = f"{prefix}{name} {problem['input']}: " if shown else ""
         raise RequestError(option + message[0].lower() + message[1:], name) from error
 
 

@@ -94,10 +94,10 @@ def sample(
 
 def reproduce(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="A PNG made by ddpm.")],
+    file: Annotated[Path, typer.Argument(help="A PNG or WebP file made by ddpm.")],
     out: Annotated[Path | None, typer.Option(help="Where to write the image drawn again.")] = None,
 ) -> None:
-    """Draw an image again from the recipe in its PNG, and compare the pixels."""
+    """Draw an image again from the recipe in its file, and compare the pixels."""
     import numpy as np
 
     from pipeline.serving.recipe import encode, fingerprint
@@ -108,12 +108,14 @@ def reproduce(
     again = redraw(recipe, reference)
     if out is not None:
         storage.write_bytes(str(out.absolute()), encode(again, recipe))
-    if np.array_equal(pixels, again):
+    # of a grey image in WebP there are three equal channels
+    if pixels.shape[:2] == again.shape[:2] and np.all(pixels == again):
         console.print(
             f"{file}: the same {again.shape[0]}x{again.shape[1]} pixels again, bit for bit"
         )
         return
-    differing = int((pixels != again).any(axis=-1).sum()) if pixels.shape == again.shape else -1
+    same_size = pixels.shape[:2] == again.shape[:2]
+    differing = int((pixels != again).any(axis=-1).sum()) if same_size else again[..., 0].size
     made = ", ".join(f"{name} {value}" for name, value in recipe.made_with.items())
     here = ", ".join(f"{name} {value}" for name, value in fingerprint().items())
     raise PipelineError(
@@ -123,7 +125,7 @@ def reproduce(
 
 
 def read_png(file: Path) -> "tuple[np.ndarray, Recipe]":
-    """The pixels (H, W, C) uint8 of a PNG made by ddpm, and its recipe.
+    """The pixels (H, W, C) uint8 of an image made by ddpm, and its recipe.
 
     Raises:
         DataError: it cannot be read, or carries no recipe.

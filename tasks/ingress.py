@@ -1,0 +1,359 @@
+"""The ingress of a service: requests in over HTTP, images out."""
+
+import asyncio
+import contextlib
+import logging
+import math
+import secrets
+import time
+from contextvars import Context
+from typing import Any, get_args
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from pipeline.errors import ModelNotFound, PipelineError
+from pipeline.registry.models import ModelReference, resolve
+from pipeline.samplers.plan import OFFLINE, SamplerName
+from pipeline.serving.api import (
+    ServingConfig,
+    error_body,
+    image_requests,
+    parse_request,
+)
+from pipeline.serving.contract import (
+    AliveReply,
+    CancelReply,
+    EngineReply,
+    GenerationReply,
+    ModelReply,
+    ModelsReply,
+    ReadyReply,
+)
+from pipeline.storage import sha256
+from tasks.dealer import Dealer, Job, Served
+from tasks.generations import Generation, Generations
+from tasks.metrics import IngressMetrics
+from tasks.openapi import GENERATION, LISTENING, Api, answers
+from tasks.page import Look, page
+from tasks.replies import (
+    TooMuch,
+    Unknown,
+    cause,
+    no_such,
+    parse_json,
+    read_body,
+    refusal,
+    server_sent,
+)
+
+LOOK_AGAIN = 2.0
+"""Seconds for which a name means the version that it meant."""
+LONGEST_RETRY = 60
+"""Seconds that a client is told to wait, at most."""
+
+http = Api(title="ray-ddpm")
+
+
+@http.exception_handler(PipelineError)
+async def refuse(request: Request, error: PipelineError) -> Response:
+    return refusal(error)
+
+
+@serve.deployment(max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
+@serve.ingress(http)
+class Ingress:
+    """HTTP in, images out.
+
+    Args:
+        sampler: the handle of the replicas.
+        called: how the user named the model; that name is followed to whatever it comes to mean.
+        keys: the name of each client by the sha256 of its API key; none: everybody is served.
+    """
+
+    def __init__(
+        self,
+        sampler: Any,
+        model: ModelReference,
+        called: str,
+        config: ServingConfig,
+        keys: dict[str, str],
+    ) -> None:
+        # MLflow's first use is seconds of work, which the first requests would feel
+        with contextlib.suppress(PipelineError):
+            resolve(called, model.tracking_uri)
+        self.sampler = sampler
+        self.model = model
+        self.called = called
+        self.config = config
+        self.keys = keys
+        self.created = int(time.time())
+        self.metrics = IngressMetrics()
+        self.generations = Generations(self.metrics.note_rows)
+        self.dealer = Dealer(sampler, config, self.metrics)
+        self.look = Look(sampler)
+        self._served: dict[str, Served] = {}
+        self._meanings: dict[str, tuple[float, ModelReference]] = {}
+        self._follower: asyncio.Task[None] | None = None
+
+    # --- models -----------------------------------------------------------------------------------
+
+    async def _find(self, name: str | None) -> Served:
+        """The version that a request means.
+
+        Raises:
+            ModelNotFound, StorageError: as of `resolve`.
+        """
+        self._follow()
+        if name is None or name in (self.called, self.model.name, str(self.model)):
+            return await self._describe(self.model)
+        since, reference = self._meanings.get(name, (-LOOK_AGAIN, None))
+        if reference is None or time.monotonic() - since > LOOK_AGAIN:
+            reference = await asyncio.to_thread(resolve, name, self.model.tracking_uri)
+            self._meanings[name] = (time.monotonic(), reference)
+        return await self._describe(reference)
+
+    async def _describe(self, reference: ModelReference) -> Served:
+        if str(reference) not in self._served:
+            facts = await self.sampler.describe.remote(reference)
+            self._served[str(reference)] = Served(reference, facts)
+        return self._served[str(reference)]
+
+    def _follow(self) -> None:
+        if self._follower is None:
+            # not in the context of a request, see generations.py
+            self._follower = asyncio.create_task(self._keep_following(), context=Context())
+
+    async def _keep_following(self) -> None:
+        """Move on with the alias, once every replica has the version that it means now."""
+        while True:
+            await asyncio.sleep(LOOK_AGAIN)
+            try:
+                now = await asyncio.to_thread(resolve, self.called, self.model.tracking_uri)
+                if now != self.model:
+                    await self.sampler.broadcast("describe", now).results_async()
+                    await self._describe(now)
+                    self.model = now
+            except Exception as error:  # the one before goes on serving
+                logging.getLogger("ray.serve").warning(
+                    "%s stays %s: %s", self.called, self.model, error
+                )
+
+    # --- clients ----------------------------------------------------------------------------------
+
+    def _client(self, request: Request) -> str:
+        """Whose request it is: the name of an API key, or an address where there are no keys.
+
+        Raises:
+            Unknown: there are keys, and this is none of them.
+        """
+        if not self.keys:
+            return request.client.host if request.client else ""
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        name = self.keys.get(sha256(key.strip().encode())) if scheme.lower() == "bearer" else None
+        if name is None:
+            raise Unknown
+        return name
+
+    def _own(self, id: str, request: Request) -> Generation | None:
+        """A request in hand; with API keys only its client's."""
+        client, generation = self._client(request), self.generations.get(id)
+        if generation is not None and self.keys and generation.client != client:
+            return None
+        return generation
+
+    def _check_room(self, job: Job, client: str) -> None:
+        """Raise TooMuch if a job has to wait outside. One that is alone never has to."""
+        rows = job.rows_each * len(job.images)
+        before, own = self.generations.rows, self.generations.rows_of(client)
+        # until a request is done, each other one has at most as much drawn as it (turns.py)
+        first = sum(min(rows, of.rows) for of in self.generations.running)
+        pace = job.served.rows_per_second[job.mode] * self.config.min_replicas
+        beyond = [
+            before + rows - self.config.max_rows if before else 0,
+            own + rows - self.config.rows_per_client if own else 0,
+            first + rows - pace * self.config.max_seconds if first else 0,
+        ]
+        if max(beyond) > 0:
+            seconds = math.ceil(min(max(beyond), before) / pace)
+            raise TooMuch(min(max(1, seconds), LONGEST_RETRY))
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    async def _start(self, body: bytes, key: str | None, client: str) -> Generation:
+        """The request of a body, in hand; the one that came with the same key, if there is one.
+
+        Raises:
+            RequestError, ModelNotFound, StorageError: it cannot be taken.
+            TooMuch: not now.
+        """
+        values = parse_json(body)
+        digest = sha256(body)
+        if (same := self.generations.of_key(client, key, digest)) is not None:
+            return same
+        name = values.get("model") if isinstance(values, dict) else None
+        served = await self._find(name if isinstance(name, str) else None)
+        request = parse_request(values, served.spec, self.config)
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        images = image_requests(request, served.spec, seed)
+        number = int(sha256(client.encode())[:15], 16)
+        job = Job(request, served, images, request.mode or self.config.mode, number)
+        # again: while the model was looked for it may have come twice
+        if (same := self.generations.of_key(client, key, digest)) is not None:
+            return same
+        self._check_room(job, client)
+
+        async def run(generation: Generation) -> None:
+            await self.dealer.run(generation, job)
+
+        n = len(images)
+        return self.generations.start(digest, n, n * job.rows_each, client, key, run)
+
+    @http.post(
+        "/v1/images/generations",
+        openapi_extra=GENERATION,
+        responses=answers(
+            GenerationReply, 400, 401, 404, 408, 409, 422, 429, 503, 504, images=True
+        ),
+    )
+    async def generate(self, request: Request) -> Response:
+        try:
+            client = self._client(request)
+            body = await read_body(request)
+            key = request.headers.get("idempotency-key")
+            generation = await self._start(body, key, client)
+        except Exception as error:
+            reply = refusal(error)
+            outcome = "rejected" if reply.status_code == 429 else "invalid"
+            self.metrics.note_end(outcome if reply.status_code < 500 else "failed")
+            return reply
+        if parse_json(body).get("stream"):
+            return self._stream(generation, 0)
+        return await self._reply(generation)
+
+    async def _reply(self, generation: Generation) -> Response:
+        """All images of a request, when they are done."""
+        await generation.done()
+        if generation.state == "cancelled":
+            return JSONResponse(error_body("the request was cancelled", "server_error"), 409)
+        if generation.error is not None:
+            return refusal(cause(generation.error))
+        headers = {"X-Generation-Id": generation.id}
+        return JSONResponse(generation.result, headers=headers)
+
+    def _stream(self, generation: Generation, after: int) -> Response:
+        headers = {"X-Generation-Id": generation.id, "Cache-Control": "no-store"}
+        return StreamingResponse(
+            server_sent(generation, after), media_type="text/event-stream", headers=headers
+        )
+
+    @http.get(
+        "/v1/images/generations/{id}",
+        openapi_extra=LISTENING,
+        responses=answers(GenerationReply, 401, 404, 409, 422, 503, 504, images=True),
+    )
+    async def listen(self, id: str, request: Request) -> Response:
+        """A request that is running or was done a short while ago: its events, or its images."""
+        generation = self._own(id, request)
+        if generation is None:
+            return no_such(id)
+        heard = generation.heard(request.headers.get("last-event-id"))
+        if "text/event-stream" in request.headers.get("accept", ""):
+            return self._stream(generation, heard)
+        return await self._reply(generation)
+
+    @http.delete("/v1/images/generations/{id}", responses=answers(CancelReply, 401, 404))
+    async def cancel(self, id: str, request: Request) -> Response:
+        generation = self._own(id, request)
+        if generation is None:
+            return no_such(id)
+        await self.generations.cancel(generation)
+        return JSONResponse({"id": id, "state": generation.state})
+
+    # --- what there is ----------------------------------------------------------------------------
+
+    @http.get("/v1/models", responses=answers(ModelsReply, 401, 503))
+    async def models(self, request: Request) -> Response:
+        self._client(request)
+        try:
+            entry = self._entry(await self._find(None))
+        except Exception as error:
+            return refusal(error)
+        return JSONResponse({"object": "list", "data": [entry]})
+
+    @http.get("/v1/models/{id}", responses=answers(ModelReply, 401, 404, 503))
+    async def one_model(self, id: str, request: Request) -> Response:
+        """The model that is served, or another that was asked for: looking loads none."""
+        self._client(request)
+        try:
+            if id in (self.called, self.model.name, str(self.model)):
+                return JSONResponse(self._entry(await self._find(None)))
+            if id not in self._served:
+                raise ModelNotFound(f"{id} is not served")
+        except Exception as error:
+            return refusal(error)
+        return JSONResponse(self._entry(self._served[id]))
+
+    def _entry(self, served: Served) -> dict[str, Any]:
+        spec = served.spec
+        steps = spec.diffusion.timesteps
+        return {
+            "id": str(served.reference),
+            "object": "model",
+            "created": self.created,
+            "owned_by": "ray-ddpm",
+            "digest": served.digest,
+            "image_size": spec.image_size,
+            "channels": spec.channels,
+            "class_names": spec.class_names,
+            "timesteps": steps,
+            "samplers": [name for name in get_args(SamplerName) if name not in OFFLINE],
+            "default_steps": spec.default_steps,
+            "guidance": spec.has_null_label,
+            "needs_label": bool(spec.class_names) and not spec.has_null_label,
+            "max_images": self.config.max_images,
+            "max_steps": min(self.config.max_steps or steps, steps),
+            "mode": self.config.mode,
+        }
+
+    @http.get("/v1/engine", responses=answers(EngineReply, 401))
+    async def engine(self, request: Request) -> Response:
+        """What is in hand."""
+        self._client(request)
+        running = self.generations.running
+        state = {
+            "requests": [
+                {
+                    "id": of.id,
+                    "n": of.n,
+                    "done": of.done_images,
+                    "rows": of.rows,
+                    "created": of.created,
+                }
+                for of in running
+            ],
+            "rows": self.generations.rows,
+            "max_rows": self.config.max_rows,
+            "replicas": await self.look.replicas(),
+        }
+        return JSONResponse(state)
+
+    @http.get("/", include_in_schema=False)
+    async def index(self) -> Response:
+        return page()
+
+    @http.get("/healthz", responses=answers(AliveReply))
+    async def healthz(self) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    @http.get("/readyz", responses=answers(ReadyReply, 503))
+    async def readyz(self) -> Response:
+        try:
+            facts = self.sampler.describe.remote(self.model)
+            await asyncio.wait_for(facts, timeout=5)
+        except (TimeoutError, DeploymentUnavailableError, RayActorError):
+            return JSONResponse(error_body("the model is not loaded yet", "server_error"), 503)
+        return JSONResponse({"status": "ready", "model": str(self.model)})

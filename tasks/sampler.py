@@ -1,0 +1,284 @@
+"""A sampler: one replica of a service, with a few models in memory and a thread that draws.
+
+Images go to the replica with the least to do, counted in rows of the network that it has been given
+and has not finished. A replica holds as many images as it is given: its engine sees to whose turn
+it is (pipeline/serving/turns.py).
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter
+
+from pipeline.data.images import to_uint8
+from pipeline.registry.models import ModelReference, load_model
+from pipeline.samplers.model import Model
+from pipeline.serving.api import ServingConfig
+from pipeline.serving.engine import Caller, Engine, EngineThread, Frame, ImageRequest, Mode
+from pipeline.serving.recipe import fingerprint
+from tasks.autoscaling import SECONDS_OF_WORK
+from tasks.cluster import worker_device
+from tasks.metrics import SamplerMetrics
+
+MOST_IN_HAND = 1024
+"""Images of a replica: enough never to be the limit, which the ingress sets, in rows."""
+LONGEST_WAY = 10.0
+"""Seconds that an image may be on its way to a replica."""
+LONGEST_LOOK = 1.0
+"""Seconds that the thread of the engines is waited for, to say what it is at."""
+MOST_SHOWN = 64
+"""Images in hand of an engine that are told of one by one."""
+LONGEST_STEP = 300.0
+"""Seconds after which a network call counts as one that never ends, and its replica is replaced."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """An image that the ingress wants."""
+
+    image: ImageRequest
+    model: ModelReference
+    mode: Mode
+    caller: Caller
+    rows: int
+    """Of network calls that it takes, about."""
+    frames: int = 0
+
+
+class Preview(NamedTuple):
+    """An image on its way, (H, W, C) uint8."""
+
+    evaluation: int
+    evaluations: int
+    x_t: np.ndarray
+    x_0: np.ndarray
+
+
+class Drawn(NamedTuple):
+    """An image, (H, W, C) uint8, and the replica that drew it."""
+
+    pixels: np.ndarray
+    replica: str
+
+
+class _Given(NamedTuple):
+    """An image that a replica has, or is meant to get."""
+
+    replica: ReplicaID
+    rows: int
+    arrived: bool
+    since: float
+
+
+class LeastRows(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray is untyped
+    """To the replica with the fewest rows that it was given and has not finished.
+
+    An image counts from the moment that it is meant for a replica: many are, before the first of
+    them is heard to have arrived.
+    """
+
+    def initialize_state(self, **_: Any) -> None:
+        self._given: dict[str, _Given] = {}
+
+    async def choose_replicas(
+        self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
+    ) -> list[list[Any]]:
+        now = time.monotonic()
+        # an image that was called off on its way is never heard of again
+        self._given = {
+            id: given
+            for id, given in self._given.items()
+            if given.arrived or now - given.since < LONGEST_WAY
+        }
+        rows: Counter[ReplicaID] = Counter()
+        for given in self._given.values():
+            rows[given.replica] += given.rows
+        ranked = sorted(candidate_replicas, key=lambda replica: rows[replica.replica_id])
+        if ranked and pending_request is not None:
+            self._give(pending_request, ranked[0].replica_id, arrived=False)
+        return [[replica] for replica in ranked]
+
+    def on_request_routed(
+        self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
+    ) -> None:
+        self._give(pending_request, replica_id, arrived=True)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        self._given.pop(internal_request_id, None)
+
+    def _give(self, request: PendingRequest, replica: ReplicaID, arrived: bool) -> None:
+        # not by its class: Ray Serve pickles this one by value, and `Order` of here is another
+        rows = getattr(request.args[0], "rows", 0) if request.args else 0
+        if rows:
+            given = _Given(replica, rows, arrived, time.monotonic())
+            self._given[request.metadata.internal_request_id] = given
+
+
+class _Loaded:
+    """A model in memory, and its engine of each mode."""
+
+    def __init__(
+        self, name: str, model: Model, device: torch.device, config: ServingConfig
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.engines: dict[Mode, Engine] = {
+            "exact": Engine(model, "exact", config.rows, device),
+            "fast": Engine(model, "fast", config.rows, device, config.compile),
+        }
+        self.rows_per_second: dict[Mode, float] = {}
+        """Of a full network call."""
+        self.images = 0
+        """In hand or about to be."""
+
+
+@serve.deployment(
+    max_ongoing_requests=MOST_IN_HAND,
+    health_check_period_s=5,
+    request_router_config=RequestRouterConfig(request_router_class=LeastRows),
+)
+class Sampler:
+    """A replica.
+
+    Args:
+        model: loaded and warm before the replica counts as ready.
+    """
+
+    def __init__(self, model: ModelReference, config: ServingConfig) -> None:
+        self.config = config
+        self.device = worker_device()
+        self.replica = serve.get_replica_context().replica_id.unique_id
+        self.metrics = SamplerMetrics()
+        self.thread = EngineThread(self.metrics.note_step)
+        self._models: OrderedDict[str, _Loaded] = OrderedDict()
+        self._came: dict[object, float] = {}
+        self._loading = asyncio.Lock()
+        self._keep(model, self._load(model))
+        self._publisher = asyncio.get_running_loop().create_task(self._publish())
+
+    # --- models -----------------------------------------------------------------------------------
+
+    def _load(self, reference: ModelReference) -> _Loaded:
+        """Load a model, and let it pay for torch's set-up."""
+        model = load_model(reference.uri, reference.tracking_uri)
+        loaded = _Loaded(str(reference), model, self.device, self.config)
+        for engine in loaded.engines.values():
+            loaded.rows_per_second[engine.mode] = self.thread.call(engine.warm_up).result()
+        return loaded
+
+    def _keep(self, reference: ModelReference, loaded: _Loaded) -> None:
+        self._models[reference.digest] = loaded
+        idle = [digest for digest, of in self._models.items() if not of.images and of is not loaded]
+        for digest in idle[: max(0, len(self._models) - self.config.max_models)]:
+            del self._models[digest]
+
+    async def _model(self, reference: ModelReference) -> _Loaded:
+        """The model of a version, loaded if it is not there, now the one used last."""
+        if reference.digest not in self._models:
+            async with self._loading:  # one at a time: memory is what runs out
+                if reference.digest not in self._models:
+                    self._keep(reference, await asyncio.to_thread(self._load, reference))
+        self._models.move_to_end(reference.digest)
+        return self._models[reference.digest]
+
+    # --- what the ingress asks --------------------------------------------------------------------
+
+    async def draw(self, order: Order) -> AsyncIterator[Preview | Drawn]:
+        """The frames of an image as they come, then the image. Whoever stops listening drops it."""
+        loaded = await self._model(order.model)
+        loaded.images += 1
+        arrival = object()
+        self._came[arrival] = time.monotonic()
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Frame | None]()
+
+        def pass_on(frame: Frame | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the replica ends
+                loop.call_soon_threadsafe(events.put_nowait, frame)
+
+        future: Future[np.ndarray] = self.thread.submit(
+            loaded.engines[order.mode], order.image, order.caller, order.frames, pass_on
+        )
+        future.add_done_callback(lambda _: pass_on(None))
+        try:
+            while (frame := await events.get()) is not None:
+                x_t, x_0 = (to_uint8(x[None])[0] for x in (frame.x_t, frame.x_0))
+                yield Preview(frame.evaluation, frame.evaluations, x_t, x_0)
+            yield Drawn(future.result(), self.replica)
+            self.metrics.note_image(loaded.name, order.mode)
+        finally:
+            future.cancel()
+            loaded.images -= 1
+            del self._came[arrival]
+
+    async def describe(self, reference: ModelReference) -> dict[str, Any]:
+        """What the ingress needs to know of a model, which is loaded for it."""
+        loaded = await self._model(reference)
+        return {
+            "spec": loaded.model.spec.model_dump(mode="json"),
+            "digest": loaded.model.digest,
+            "made_with": fingerprint(self.device.type),
+            "rows_per_second": loaded.rows_per_second,
+        }
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Ray Serve asks for this: the seconds that the work in hand takes, see autoscaling.py."""
+        seconds = 0.0
+        for loaded in self._models.values():
+            for mode, engine in loaded.engines.items():
+                seconds += engine.num_rows / loaded.rows_per_second[mode]
+        return {SECONDS_OF_WORK: seconds}
+
+    async def _publish(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            names = {
+                engine: loaded.name
+                for loaded in self._models.values()
+                for engine in loaded.engines.values()
+            }
+            self.metrics.publish(names, list(self._came.values()))
+
+    async def state(self) -> dict[str, Any]:
+        """What this replica is at, for people; without engines as long as its thread is held up."""
+        look = asyncio.wrap_future(self.thread.call(self._look))
+        try:
+            engines = await asyncio.wait_for(look, LONGEST_LOOK)
+        except TimeoutError:
+            engines = []
+        return {"replica": self.replica, "at": time.time(), "engines": engines}
+
+    def _look(self) -> list[dict[str, Any]]:
+        """What each engine is at. On the thread of the engines."""
+        engines = [
+            (loaded, engine)
+            for loaded in list(self._models.values())
+            for engine in loaded.engines.values()
+        ]
+        return [
+            {
+                "model": loaded.name,
+                "mode": engine.mode,
+                "rows_of_call": engine.rows,
+                "calls": engine.num_calls,
+                "useful_rows": engine.num_useful_rows,
+                "num_images": engine.num_images,
+                "images": [image._asdict() for image in engine.in_hand()[:MOST_SHOWN]],
+            }
+            for loaded, engine in engines
+        ]
+
+    def check_health(self) -> None:
+        if not self.thread.is_alive:
+            raise RuntimeError("the thread of the engines has ended")
+        if (seconds := self.thread.seconds_in_step) > LONGEST_STEP:
+            raise RuntimeError(f"a network call has not come back for {seconds:.0f} s")
