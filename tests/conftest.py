@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # before torch is imported: libgomp's threads must not spin beside those of the pipelines under test
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -24,6 +25,9 @@ import torch
 
 from pipeline import storage
 
+if TYPE_CHECKING:
+    from tests.service import Service
+
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +41,7 @@ TINY = [
     "training.checkpoint_every=20",
     "evaluation.samples=20",
     "evaluation.classifier_epochs=2",
+    "evaluation.during_training=10",
     "sampling.steps=4",
 ]
 """What makes configs/digits.yaml small."""
@@ -146,3 +151,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
             (workplace.folder / "first_run.txt").write_text(workplace.run_tiny())
     assert (workplace.folder / "first_run.txt").exists(), "it failed in another process"
     return workplace
+
+
+@pytest.fixture(scope="session")
+def service(tiny: Workplace) -> Iterator["Service"]:
+    """The tiny model, served by two replicas; shared by the tests of a process."""
+    from tests.service import served
+
+    with served(tiny, "--replicas", "2") as running:
+        yield running

@@ -11,10 +11,14 @@ import random
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import torch
 
+from pipeline.serving.engine import Engine
 from tests.conftest import Workplace, end, ray_workers, tiny_command
+from tests.test_engine import alone, crowd, make_model
 from tests.test_pipeline import metric_history, place_with_shards, weights_of
 from tests.test_training import config, fresh, with_dropout
 from tests.test_training import run as train_steps
@@ -78,6 +82,32 @@ def test_a_compiled_network_is_trained_to_the_same_losses(values: dict[str, obje
     compiled.network.compile(mode="default")
     losses = train_steps(compiled, training, spec=spec)
     assert losses == pytest.approx(train_steps(fresh(training, spec), training, spec=spec), 1e-4)
+
+
+def test_a_compiled_network_draws_the_same_images_to_a_grey_level() -> None:
+    model, requests = make_model(["a", "b", "c"]), crowd()
+    compiled = Engine(model, "fast", rows=4, compiled=True)
+    assert compiled.warm_up() > 0
+    calls = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for image, request in zip(compiled.draw(requests), requests, strict=True):
+        assert np.abs(image.astype(int) - alone(model, request)).max() <= 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == calls, "it was warm"
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_workers_train_a_compiled_network_to_the_same_losses(
+    tiny: Workplace, tmp_path: Path, parallel: str
+) -> None:
+    losses = []
+    for compile_ in ("none", "default"):
+        place = place_with_shards(tiny, tmp_path / compile_)
+        settings = [f"training.parallel={parallel}", f"training.compile={compile_}"]
+        few = ["training.steps=6", "training.log_every=3", "training.checkpoint_every=3"]
+        place.ddpm(*tiny_command("train", *settings, *few), timeout=1200)
+        losses.append(metric_history(place, "loss"))
+    assert [step for step, _ in losses[0]] == [3, 6]
+    assert np.array(losses[1]) == pytest.approx(np.array(losses[0]), rel=1e-4)
 
 
 def disturb(pid: int, rng: random.Random, stopped: list[psutil.Process]) -> str:

@@ -25,7 +25,7 @@ from pipeline.data.batches import Batch, Batches, FullShuffle, drop_labels, pref
 from pipeline.data.cache import memory_mapped
 from pipeline.data.order import WindowedOrder, global_batch
 from pipeline.data.parts import Part, choose, images_at, read_parts
-from pipeline.data.shards import NO_LABEL, encode_part, part_path, read_split
+from pipeline.data.shards import NO_LABEL, encode_part, part_path
 from pipeline.data.windows import WindowedShuffle
 from pipeline.errors import CorruptArtifact, DataError, StorageError
 from pipeline.seeding import key, permutation, uniform
@@ -319,10 +319,9 @@ def test_an_error_is_raised_at_the_batch_that_it_concerns() -> None:
 def test_images_are_read_at_their_indices_in_any_order(shard_set: str) -> None:
     indices = np.array([COUNT - 1, 0, 7, 7, 3])
     got = images_at(shard_set, "train", indices)
-    whole = read_split(shard_set, "train")
-    assert np.array_equal(got.images, whole.images[indices])
-    assert np.array_equal(got.labels, whole.labels[indices])
-    assert got.keys == [whole.keys[i] for i in indices]
+    assert numbers(got.images) == indices.tolist()
+    want = [NO_LABEL if (label := label_of(i)) is None else label for i in indices.tolist()]
+    assert got.labels.tolist() == want
     assert len(images_at(shard_set, "train", np.arange(0))) == 0
 
 
@@ -345,9 +344,6 @@ def test_a_cached_split_is_the_split(shard_set: str, tmp_path: Path) -> None:
     want = [NO_LABEL if (label := label_of(i)) is None else label for i in range(COUNT)]
     assert labels.tolist() == want
     assert not images.flags.writeable
-    whole = read_split(shard_set, "train")
-    assert np.array_equal(images, whole.images)
-    assert np.array_equal(labels, whole.labels)
     (file,) = tmp_path.glob("*/images.npy")
     before = file.stat().st_mtime_ns
     memory_mapped(shard_set, "train", str(tmp_path))

@@ -49,6 +49,28 @@ def test_the_tiny_config_of_the_tests_loads() -> None:
             + "', name: inception, image_size: 299}",
             "evaluation.extractor.file: 'x.pth' must end in .pt (TorchScript) or .onnx",
         ),
+        (
+            "evaluation.extractor={kind: inception, file: x.pth, sha256: '" + "0" * 64 + "'}",
+            "evaluation.extractor.file: 'x.pth' must end in .safetensors: no pickle is read here",
+        ),
+        (
+            "evaluation.sigma_rel=0.07",
+            "evaluation.sigma_rel=0.07 is made from snapshots of power averages, which "
+            "training.ema.kind=decay does not keep: use kind=power",
+        ),
+        (
+            "evaluation.extractor={kind: resnet}",
+            "evaluation.extractor.kind='resnet' is wrong: should be 'file' or 'inception' or 'eff",
+        ),
+        (
+            "evaluation.extractor={kind: efficientnet_lite0, image_size: 3}",
+            "evaluation.extractor.image_size=3 has no meaning for evaluation.extractor.kind="
+            "efficientnet_lite0: drop it",
+        ),
+        (
+            "registry.promote_if.fd_cnn_digits={at_leest: 3}",
+            "registry.promote_if.fd_cnn_digits.at_leest is not a known key; did you mean",
+        ),
         ("trainin.lr=3", "trainin is not a known key; did you mean training?"),
         ("lr=3", "lr is not a known key; did you mean training.lr?"),
         ("xyzzy.q=3", "xyzzy is not a known key"),

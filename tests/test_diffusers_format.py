@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, DataError, RequestError, StorageError, UserError
+from pipeline.networks.choice import DDPM
 from pipeline.networks.dit import DiTConfig
 from pipeline.networks.unet import UNet
 from pipeline.registry.diffusers_format import from_diffusers, to_diffusers
@@ -39,14 +40,8 @@ UNET: dict[str, Any] = {
     "attention_at": [4],
     "norm_groups": 4,
 }
-AS_PUBLISHED = {
-    "conditioning": "add",
-    "halving_padding": "after",
-    "sines_first": True,
-    "frequency_shift": 1,
-    "norm_eps": 1e-6,
-}
-"""What google/ddpm-cifar10-32 has otherwise than our U-Net by default."""
+AS_PUBLISHED = {name: value for name, value in DDPM.items() if name not in UNET}
+"""What google/ddpm-cifar10-32 has otherwise than our U-Net by default, but for its size."""
 
 
 def make_spec(network: Any = None, diffusion: Any = None, **values: Any) -> ModelSpec:

@@ -1,7 +1,9 @@
 """Promise P3: in exact mode an image is a function of its recipe, whatever else is drawn."""
 
+import functools
 import itertools
 import random
+import threading
 from concurrent.futures import Future
 
 import numpy as np
@@ -13,10 +15,11 @@ from pipeline.diffusion.schedules import DiffusionConfig
 from pipeline.errors import DataError, RequestError
 from pipeline.networks.unet import UNetConfig
 from pipeline.samplers.model import SOLVERS, Model, ModelSpec, build_model, make_plan
-from pipeline.samplers.plan import MATRIX, OWNERS, SamplerName, SamplingConfig, X, run_plan
+from pipeline.samplers.plan import MATRIX, OWNERS, SamplerName, SamplingConfig, T, X, run_plan
 from pipeline.seeding import key, normal
 from pipeline.serving import recipe
-from pipeline.serving.engine import Engine, EngineThread, ImageRequest
+from pipeline.serving.engine import Caller, Engine, EngineThread, ImageRequest, evenly
+from tests.conftest import wait_for
 
 
 def make_model(class_names: list[str], has_null_label: bool = True, **diffusion: object) -> Model:
@@ -167,12 +170,9 @@ def test_exactness_is_of_bits_and_not_only_of_rounded_pixels(model: Model) -> No
     requests = crowd()[:6]
     for request in requests:
         engine.add(request)
-    images = engine._gather()
-    x = torch.stack([image.state[X] for image in images])
-    rows = torch.stack([image.row for image in images])
-    labels = [image.request.label for image in images]
+    x, rows, labels = engine._state[:6, X], engine._tables[:6, 0], engine._labels[:6]
     together, _ = engine.x_0(labels, x, rows)
-    for i in range(len(images)):
+    for i in range(6):
         alone, _ = engine.x_0(labels[i : i + 1], x[i : i + 1], rows[i : i + 1])
         assert torch.equal(alone[0], together[i])
 
@@ -195,7 +195,7 @@ def test_images_may_join_at_any_step(model: Model) -> None:
     drawn: dict[ImageRequest, np.ndarray] = {}
     rest = requests[1:]
     while engine.num_images or rest:
-        for ticket, pixels in engine.step():
+        for ticket, pixels in engine.step().finished:
             drawn[tickets[ticket]] = pixels
         if rest:
             request = rest.pop()
@@ -287,10 +287,10 @@ def test_a_model_without_label_dropout_needs_a_label_and_takes_no_guidance() -> 
 
 
 def test_the_thread_serves_many_callers_and_survives_a_bad_request(model: Model) -> None:
-    thread = EngineThread(Engine(model))
+    thread, engine = EngineThread(), Engine(model)
     requests = crowd()
-    futures: list[Future[np.ndarray]] = [thread.submit(request) for request in requests]
-    bad = thread.submit(ImageRequest(0, 0, 99, SETTINGS[0]))
+    futures: list[Future[np.ndarray]] = [thread.submit(engine, request) for request in requests]
+    bad = thread.submit(engine, ImageRequest(0, 0, 99, SETTINGS[0]))
     with pytest.raises(RequestError, match="label=99"):
         bad.result(timeout=60)
     for request, future in zip(requests, futures, strict=True):
@@ -300,17 +300,17 @@ def test_the_thread_serves_many_callers_and_survives_a_bad_request(model: Model)
 
 
 def test_a_cancelled_image_makes_room(model: Model) -> None:
-    thread = EngineThread(Engine(model))
+    thread, engine = EngineThread(), Engine(model)
     long = [
         ImageRequest(0, i, 0, SamplingConfig(sampler="ancestral", steps=1000)) for i in range(16)
     ]
-    futures = [thread.submit(request) for request in long]
-    last = thread.submit(crowd()[0])
+    futures = [thread.submit(engine, request) for request in long]
+    last = thread.submit(engine, crowd()[0])
     for future in futures:
         assert future.cancel()
     assert np.array_equal(last.result(timeout=60), alone(model, crowd()[0]))
-    assert thread.engine.num_calls < 900, "the long ones were not drawn to their end"
-    waiting = thread.submit(long[0])
+    assert engine.num_calls < 900, "the long ones were not drawn to their end"
+    waiting = thread.submit(engine, long[0])
     thread.close()
     assert waiting.cancelled()
 
@@ -318,16 +318,160 @@ def test_a_cancelled_image_makes_room(model: Model) -> None:
 def test_callers_hear_of_a_network_that_fails_and_the_thread_goes_on(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    thread = EngineThread(Engine(model))
+    thread, engine = EngineThread(), Engine(model)
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "x_0", lambda *_: 1 / 0)
-        futures = [thread.submit(request) for request in crowd()]
+        futures = [thread.submit(engine, request) for request in crowd()]
         for future in futures:
             with pytest.raises(ZeroDivisionError):
                 future.result(timeout=60)
     request = crowd()[0]
-    assert np.array_equal(thread.submit(request).result(timeout=60), alone(model, request))
+    found = thread.submit(engine, request).result(timeout=60)
+    assert np.array_equal(found, alone(model, request))
     thread.close()
+
+
+def test_engines_take_turns_on_one_thread(model: Model) -> None:
+    models = (model, make_model(["a", "b", "c"], prediction="v"))
+    engines = [Engine(model) for model in models]
+    thread, order = EngineThread(), []
+    futures = {}
+    for i, which in itertools.product(range(3), range(2)):
+        request = ImageRequest(i, 0, i, SamplingConfig(sampler="ancestral", steps=20))
+        note = functools.partial(lambda which, frame: order.append(which), which)
+        futures[which, request] = thread.submit(engines[which], request, frames=19, on_frame=note)
+    for (which, request), future in futures.items():
+        assert np.array_equal(future.result(timeout=60), alone(models[which], request))
+    turns = [which for which, _ in itertools.groupby(order)]
+    assert len(turns) > 20, "neither waited for the other to be done"
+    thread.close()
+
+
+def test_a_thread_tells_how_long_it_is_in_a_step(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread, engine, go_on = EngineThread(), Engine(model), threading.Event()
+    assert thread.seconds_in_step == 0
+    step = Engine.step
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", lambda self: (go_on.wait(60), step(self))[1])
+        future = thread.submit(engine, crowd()[0])
+        wait_for(lambda: thread.seconds_in_step > 0.2, 20, "a step that does not end")
+        go_on.set()
+        future.result(timeout=60)
+    wait_for(lambda: thread.seconds_in_step == 0, 20, "the thread to be without work")
+    thread.close()
+
+
+def test_a_thread_tells_of_its_steps_and_does_other_things_between_them(model: Model) -> None:
+    steps: list[tuple[Engine, float, int]] = []
+    thread, engine = EngineThread(lambda *step: steps.append(step)), Engine(model)
+    assert thread.call(engine.warm_up).result(timeout=60) > 0
+    request = ImageRequest(0, 0, 1, SamplingConfig(steps=5, guidance=1.0))
+    thread.submit(engine, request).result(timeout=60)
+    assert [rows for _, _, rows in steps] == [2] * 5
+    assert all(of is engine and seconds > 0 for of, seconds, _ in steps)
+    with pytest.raises(ZeroDivisionError):
+        thread.call(lambda: 1 / 0).result(timeout=60)
+    assert thread.call(lambda: 3).result(timeout=60) == 3
+    thread.close()
+
+
+def test_a_compiled_network_is_called_with_few_sizes(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the network itself stands for its compiled form, which takes a minute to make (`make soak`)
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+    engine, sizes = Engine(model, "fast", rows=12, compiled=True), set()
+    note = model.network.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
+    with note:
+        images = engine.draw(crowd())
+        assert sizes <= {1, 2, 4, 8, 12}
+        engine.warm_up()
+        assert sizes == {1, 2, 4, 8, 12}
+    for image, request in zip(images, crowd(), strict=True):
+        assert np.abs(image.astype(int) - alone(model, request)).max() <= 1
+
+
+def test_frames_show_an_image_on_its_way(model: Model) -> None:
+    sampling = SamplingConfig(sampler="heun", steps=6)  # 11 evaluations
+    plain, watched = ImageRequest(0, 0, 1, SETTINGS[1]), ImageRequest(3, 0, 1, sampling)
+    engine = Engine(model)
+    tickets = {engine.add(plain): plain, engine.add(watched, frames=3): watched}
+    frames, drawn = [], {}
+    while engine.num_images:
+        step = engine.step()
+        frames += step.frames
+        drawn |= {tickets[ticket]: pixels for ticket, pixels in step.finished}
+    assert {tickets[frame.ticket] for frame in frames} == {watched}
+    assert [(frame.evaluation, frame.evaluations) for frame in frames] == [
+        (2, 11),
+        (5, 11),
+        (8, 11),
+    ]
+    assert np.array_equal(drawn[watched], alone(model, watched)), "to be watched changes nothing"
+    seen = []  # by the plain loop: x_t, and x̂_0 of it
+
+    def predict(x: torch.Tensor, t: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+        seen.append((x[0], model.predict_x_0(x, t, alpha_bar, torch.tensor([1]))[0]))
+        return seen[-1][1][None]
+
+    x_T = normal([key(3, "sample", 0, 0)], (1, 8, 8))
+    run_plan(make_plan(model, sampling), predict, x_T, lambda i: x_T)
+    for frame in frames:
+        torch.testing.assert_close(frame.x_t, seen[frame.evaluation][0], rtol=0, atol=1e-4)
+        x_0 = seen[frame.evaluation - 1][1].clamp(-1, 1)
+        torch.testing.assert_close(frame.x_0, x_0, rtol=0, atol=1e-4)
+
+
+def test_more_frames_than_evaluations_are_one_each(model: Model) -> None:
+    assert evenly(5, 100) == {1, 2, 3, 4}
+    assert evenly(5, 0) == evenly(1, 3) == set()
+    assert evenly(50, 1) == {25}
+
+
+def test_places_are_used_again_and_a_crowd_leaves_no_room_behind(model: Model) -> None:
+    engine = Engine(model)
+    many = [ImageRequest(0, i, 0, SamplingConfig(steps=200)) for i in range(100)]
+    tickets = [engine.add(request) for request in many]
+    assert engine.num_images == 100
+    assert engine.num_rows == 20_000
+    held = len(engine._state), engine._tables.shape[1]
+    engine.drop(tickets[1:])
+    others = {engine.add(request): request for request in crowd()}
+    assert (len(engine._state), engine._tables.shape[1]) == held, "in the places of those that went"
+    got = {}
+    while engine.num_images:
+        got |= dict(engine.step().finished)
+    assert set(got) == {tickets[0], *others}
+    assert np.array_equal(got[tickets[0]], alone(model, many[0]))
+    for ticket, request in list(others.items())[::7]:
+        assert np.array_equal(got[ticket], alone(model, request))
+    assert engine.num_rows == 0
+    engine.add(crowd()[0])
+    assert (len(engine._state), engine._tables.shape[1]) == (4, 5)
+
+
+def test_the_images_in_hand_are_shown_as_they_are(model: Model) -> None:
+    engine = Engine(model, rows=4)
+    assert engine.in_hand() == []
+    guided = SamplingConfig(steps=10, guidance=1.0)
+    engine.add(ImageRequest(1, 7, 0, guided), Caller(1, 1, "gen_a"))
+    for i in range(3):
+        engine.add(ImageRequest(1, i, 0, SamplingConfig(steps=20)), Caller(2, 2, "gen_b"))
+    assert not any(image.in_call for image in engine.in_hand()), "they have just come"
+    for _ in range(3):
+        engine.step()
+    images = engine.in_hand()
+    assert sum(image.rows for image in images if image.in_call) == 4
+    assert [image.in_call for image in images] == [True, True, True, False]
+    first = next(image for image in images if image.request == "gen_a")
+    plan = make_plan(model, guided)
+    assert (first.image_index, first.evaluation, first.evaluations) == (7, 3, 10)
+    assert (first.t, first.rows) == (plan.table[3, T], 2)
+    while engine.num_images:
+        engine.step()
+    assert engine.in_hand() == []
 
 
 # --- recipes ------------------------------------------------------------------------------------
@@ -347,6 +491,18 @@ def test_a_png_carries_its_recipe() -> None:
         pixels = np.random.default_rng(0).integers(0, 256, (8, 8, channels), dtype=np.uint8)
         again, got = recipe.decode(recipe.encode(pixels, made), "x.png")
         assert np.array_equal(again, pixels)
+        assert got == made
+
+
+def test_a_webp_carries_its_recipe_too() -> None:
+    made = recipe.Recipe(
+        model="ü@1", model_digest="", seed=1, index=0, label=2, sampling=SETTINGS[0], rows=8
+    )
+    rng = np.random.default_rng(0)
+    for channels in (1, 3):
+        pixels = rng.integers(0, 256, (8, 8, channels), dtype=np.uint8)
+        again, got = recipe.decode(recipe.encode(pixels, made, "webp"), "x.webp")
+        assert np.array_equal(again, np.broadcast_to(pixels, (8, 8, 3)))
         assert got == made
 
 

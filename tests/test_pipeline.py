@@ -14,6 +14,7 @@ import sys
 import tarfile
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,9 @@ from pipeline.data.sources import DataConfig
 from pipeline.errors import DataError
 from pipeline.evaluation.real_images import extractor_of, write_tensors
 from pipeline.registry.models import read_checkpoint
+from tasks import averages
 from tasks.preprocess import check_bad_share
+from tasks.previews import Wanted, preview
 from tests.conftest import ROOT, Workplace, end, ray_workers, tiny_command, wait_for
 
 pytestmark = pytest.mark.ray
@@ -113,6 +116,8 @@ def test_the_mlflow_run_tells_the_training(tiny: Workplace) -> None:
     assert f"torch=={torch.__version__}" in environment.read_text()
     assert [step for step, _ in metric_history(tiny, "holdout_loss")] == [20, 40, 60]
     assert len(metric_history(tiny, "class_accuracy")) == 1
+    measured = [step for step, _ in metric_history(tiny, "kd_cnn_digits_n10")]
+    assert set(measured) <= {20, 40, 60}, "of checkpoints that found the reference finished"
     with database_of(tiny) as database:
         assert database.execute("SELECT count(*), min(status) FROM runs").fetchone() == (
             1,
@@ -140,7 +145,7 @@ def test_every_figure_says_how_it_was_measured_and_every_missing_one_why(tiny: W
         assert low <= figure["value"] <= high
         assert figure["n"] > 0
         assert figure["better"] in ("lower", "higher")
-        assert figure["measured"]["weights"] == "ema"
+    assert stats["protocol"]["weights"] == "ema"
     shard_set = tiny.manifest("preprocess")["id"]
     assert figures["kd_cnn_digits"]["measured"]["reference"] == shard_set
     assert figures["holdout_loss"]["measured"]["held_out"] == shard_set
@@ -152,6 +157,29 @@ def test_every_figure_says_how_it_was_measured_and_every_missing_one_why(tiny: W
     assert floor["real"] < floor["samples"], "of a network that was hardly trained"
     assert "needs at least 129 images a set, here are 20" in stats["skipped"]["fd_cnn_digits"]
     assert len(metric_history(tiny, "kd_cnn_digits")) == 1
+
+
+def test_a_small_evaluation_is_made_of_a_checkpoint(tiny: Workplace) -> None:
+    (uri,) = (tiny.folder / "runs" / "train").glob("*/step-000000060")
+    (shard_set,) = (tiny.folder / "runs" / "preprocess").iterdir()
+    (reference,) = (tiny.folder / "runs" / "reference").iterdir()
+    wanted = Wanted(str(shard_set), 100, str(reference), num_measured=10, guidance=0.5, seed=0)
+    made = preview(str(uri), wanted)
+    assert set(made.figures) == {
+        f"{name}_n10"
+        for name in (
+            "class_accuracy",
+            "kd_cnn_digits",
+            "score_cnn_digits",
+            "precision_cnn_digits",
+            "recall_cnn_digits",
+            "density_cnn_digits",
+            "coverage_cnn_digits",
+        )
+    }
+    assert made == preview(str(uri), wanted), "of the same images"
+    none = preview(str(uri), replace(wanted, reference=str(reference / "not finished")))
+    assert none == replace(made, figures={})
 
 
 def test_a_killed_evaluation_goes_on_with_the_samples_that_it_had(
@@ -401,8 +429,9 @@ def test_a_killed_driver_leaves_a_state_from_which_the_same_command_ends_the_sam
     output = place.quick(*tiny_command("explain"))
     assert "train      will run  was interrupted, goes on from step-0000000" in output
     assert "preprocess cached" in output
-    place.run_tiny()
-    assert_ends_like_the_quiet_run(place, tiny)
+    place.run_tiny(verb="train")
+    assert weights_of(place) == weights_of(tiny)
+    assert metric_history(place, "loss") == metric_history(tiny, "loss")
     for child in children:  # Ray's own agents would give up after a minute without their head
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
@@ -453,7 +482,8 @@ def test_the_weights_of_a_network_that_was_cut_over_the_workers_are_read_whole(
     tiny: Workplace, tmp_path: Path
 ) -> None:
     place = place_with_shards(tiny, tmp_path)
-    place.run_tiny("training.parallel=fsdp", "training.steps=20", verb="train")
+    power = "training.ema={kind: power, sigma_rel: [0.1, 0.2], num_snapshots: 4}"
+    place.run_tiny("training.parallel=fsdp", "training.steps=20", power, verb="train")
     (last,) = place.folder.glob("runs/train/*/step-000000020")
     names = {path.name for path in last.iterdir()}
     assert {"ema-00000-of-00002.safetensors", "ema-00001-of-00002.safetensors"} <= names
@@ -465,6 +495,17 @@ def test_the_weights_of_a_network_that_was_cut_over_the_workers_are_read_whole(
         for data in (weights, quiet.read_bytes())
     ]
     assert shapes[0] == shapes[1]
+
+    train, evaluate = str(last.parent), str(tmp_path / "evaluate")
+    assert averages.measured(train, evaluate)[1] == weights
+    missed = averages.make_average(train, 0.1, evaluate)
+    assert missed == pytest.approx(0, abs=1e-6)
+    made = load(averages.measured(train, evaluate)[1])
+    for name, tensor in load(weights).items():  # there it is float32, here of float16
+        torch.testing.assert_close(made[name], tensor, rtol=2**-10, atol=1e-6)
+    assert 1e-3 < averages.make_average(train, 0.13, evaluate) < 0.2
+    other = load(averages.measured(train, evaluate)[1])
+    assert any(not torch.equal(other[name], made[name]) for name in made)
 
 
 def test_a_batch_larger_than_the_data_is_refused(tiny: Workplace, tmp_path: Path) -> None:

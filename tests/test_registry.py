@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -34,7 +35,7 @@ from pipeline.registry.models import (
 )
 from pipeline.registry.runs import TrackedRun
 from pipeline.serving.engine import ImageRequest
-from tests.conftest import ROOT
+from tests.conftest import ROOT, wait_for
 from tests.test_engine import SETTINGS, alone, make_model
 
 
@@ -60,6 +61,31 @@ def champion(uri: str) -> ModelReference:
     reference = register(TrackedRun(uri, "shapes", "t1", {"lr": 1}), "shapes", files(), {"x": "y"})
     promote(reference, "champion")
     return reference
+
+
+def test_a_store_whose_making_was_killed_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    code = f"from pipeline.registry.runs import make_client; make_client('sqlite:///{path}')"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
+        wait_for(lambda: count_tables(tmp_path) >= 12, 120, "some of MLflow's tables")
+        process.kill()
+    assert process.returncode == -9
+    assert not path.exists()
+    run = TrackedRun(f"sqlite:///{path}", "exp", "train-1", {})
+    assert run.client.get_run(run.run_id)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
+
+def count_tables(folder: Path) -> int:
+    """Of the databases there, whole or not."""
+    found = 0
+    for path in folder.glob("mlflow.db*"):
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database,
+        ):
+            found += database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    return found
 
 
 def test_a_run_is_found_again_and_points_are_not_doubled(uri: str) -> None:
@@ -201,6 +227,13 @@ def test_a_model_is_found_by_alias_and_version(
     assert resolve(text, uri) == champion
 
 
+UNTHINKABLE = [
+    *("..@1", ".@1", "..a@1", " @1", "\ud800@1", "a\nb@1", "a\x00@1", "a@\u0661", "a@1\n"),
+    *("../../etc/passwd@1", "file:///etc/passwd@1", "s3://bucket@1", "models:/../x@1"),
+    *("a" * 257 + "@1", "a" * 60_000, "a@" + "1" * 257),
+]
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -210,13 +243,15 @@ def test_a_model_is_found_by_alias_and_version(
         ("shapes", "does not name a model: write NAME@ALIAS"),
         ("a@b@c", "does not name a model"),
         ("", "does not name a model"),
+        *((name, "does not name a model") for name in UNTHINKABLE),
     ],
 )
 def test_a_model_that_is_not_there_is_named(
     uri: str, champion: ModelReference, text: str, sentence: str
 ) -> None:
-    with pytest.raises(ModelNotFound, match=sentence):
+    with pytest.raises(ModelNotFound, match=sentence) as caught:
         resolve(text, uri)
+    assert len(str(caught.value)) < 300
 
 
 def test_parse_reference() -> None:

@@ -1,123 +1,27 @@
 """A real Ray Serve application over HTTP: the contract, the fan-out, promise P3 across replicas."""
 
 import base64
-import contextlib
+import io
 import json
 import re
-import signal
-import socket
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
+from PIL import Image
 
 from pipeline.serving import recipe
-from tests.conftest import Workplace, end, ray_workers
+from tests.conftest import Workplace, ray_workers
+from tests.service import Service
 
 pytestmark = pytest.mark.ray
 
 
-@dataclass(frozen=True)
-class Service:
-    url: str
-    port: int
-    pid: int
-
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=60) as reply:
-            return json.load(reply)
-
-    def post(self, body: object, raw: bytes | None = None) -> tuple[int, Any]:
-        data = json.dumps(body).encode() if raw is None else raw
-        request = urllib.request.Request(f"{self.url}/v1/images/generations", data)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                return reply.status, json.load(reply)
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, json.load(error)
-
-    def images(self, **body: object) -> list[dict[str, Any]]:
-        status, reply = self.post(body)
-        assert status == 200, reply
-        data: list[dict[str, Any]] = reply["data"]
-        return data
-
-
-@contextlib.contextmanager
-def served(tiny: Workplace, replicas: int) -> Iterator[Service]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = tiny.start(
-        "serve", "digits@champion", "--replicas", str(replicas), "--port", str(port)
-    )
-    lines: list[str] = []
-    ready = threading.Event()
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("log "):
-                ready.set()
-        ready.set()
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    try:
-        assert ready.wait(120) and process.poll() is None, "".join(lines)
-        yield Service(f"http://127.0.0.1:{port}", port, process.pid)
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0, "".join(lines)
-        reader.join(timeout=60)
-        assert psutil.wait_procs(children, timeout=60)[1] == []
-        assert "Traceback" not in "".join(lines)
-    finally:
-        end(process)
-
-
-@pytest.fixture(scope="module")
-def service(tiny: Workplace) -> Iterator[Service]:
-    with served(tiny, replicas=2) as running:
-        yield running
-
-
 REQUEST = {"seed": 11, "num_inference_steps": 4, "class_label": 3, "guidance_scale": 1.0}
-
-
-def test_images_of_two_replicas_of_one_and_of_the_command_line_are_the_same(
-    tiny: Workplace, service: Service, tmp_path: Path
-) -> None:
-    # Ray Serve's router leaves out a replica that does not tell its queue within 0.1 s, which on
-    # busy cores a fresh one may not: both take part soon, not always at once
-    for _ in range(20):
-        two = service.images(n=64, **REQUEST)
-        if len({image["replica"] for image in two}) == 2:
-            break
-    assert len({image["replica"] for image in two}) == 2, "the images are dealt to both replicas"
-    assert [image["index"] for image in two] == list(range(64))
-    assert {image["seed"] for image in two} == {11}
-    with served(tiny, replicas=1) as alone:
-        one = alone.images(n=64, **REQUEST)
-    assert len({image["replica"] for image in one}) == 1
-    pngs = [base64.b64decode(image["b64_json"]) for image in two]
-    assert pngs == [base64.b64decode(image["b64_json"]) for image in one]
-    assert len(set(pngs)) == 64
-
-    served_png, again = tmp_path / "served.png", tmp_path / "again.png"
-    served_png.write_bytes(pngs[63])
-    tiny.quick("reproduce", str(served_png), "--out", str(again))
-    assert again.read_bytes() == pngs[63]
 
 
 def test_many_requests_at_once_do_not_change_each_others_images(service: Service) -> None:
@@ -201,7 +105,7 @@ def test_another_model_is_404(service: Service) -> None:
 def test_a_body_that_is_not_json_is_400(service: Service, raw: bytes) -> None:
     status, reply = service.post(None, raw)
     assert status == 400
-    assert re.search("not JSON|larger than", reply["error"]["message"])
+    assert re.search("not JSON in UTF-8|larger than", reply["error"]["message"])
 
 
 def test_nan_in_a_body_is_refused(service: Service) -> None:
@@ -246,6 +150,129 @@ def test_a_replica_that_dies_over_a_request_costs_no_image(service: Service) -> 
     ((status, reply),) = replies
     assert status == 200, reply
     assert [i["b64_json"] for i in reply["data"]] == [i["b64_json"] for i in quiet]
+
+
+# --- streams, and requests in hand ---------------------------------------------------------------
+
+
+def events_of(text: str) -> list[tuple[int, str, dict[str, Any]]]:
+    """(id, event, data) of server-sent events."""
+    found = []
+    for block in text.strip().split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n"))
+        found.append((int(fields.get("id", 0)), fields["event"], json.loads(fields["data"])))
+    return found
+
+
+def test_a_stream_shows_each_image_on_its_way_and_then_the_image(service: Service) -> None:
+    request = {**REQUEST, "n": 3, "num_inference_steps": 8}
+    plain = service.images(**request)
+    with service.stream({**request, "stream": True, "partial_images": 3}) as reply:
+        assert reply.status == 200
+        assert reply.getheader("content-type", "").startswith("text/event-stream")
+        events = events_of(reply.read().decode())
+    assert [number for number, _, _ in events] == list(range(1, 13))
+    for image in range(3):
+        own = [(name, data) for _, name, data in events if data["image_index"] == image]
+        partial, ((name, completed),) = own[:-1], own[-1:]
+        assert [data["partial_image_index"] for _, data in partial] == [0, 1, 2]
+        assert [data["evaluation"] for _, data in partial] == [2, 4, 6]
+        assert {name for name, _ in partial} == {"image_generation.partial_image"}
+        assert name == completed["type"] == "image_generation.completed"
+        assert completed["b64_json"] == plain[image]["b64_json"]
+        for key in ("b64_json", "x_t"):
+            with Image.open(io.BytesIO(base64.b64decode(partial[0][1][key]))) as picture:
+                assert picture.size == (8, 8)
+
+
+LONG = {"n": 8, "seed": 1, "num_inference_steps": 1000, "sampler": "ancestral"}
+
+
+def test_a_request_can_be_listened_to_again_by_its_id(service: Service) -> None:
+    request = {**LONG, "n": 2, "num_inference_steps": 200}
+    with service.stream({**request, "stream": True, "partial_images": 10}) as reply:
+        id = reply.getheader("x-generation-id")
+        first = reply.readline(), reply.readline()  # then the connection is lost
+    assert first[0] == b"id: 1\n"
+    path = f"/v1/images/generations/{id}"
+    status, text = service.ask("GET", path, **{"Accept": "text/event-stream", "Last-Event-ID": "1"})
+    events = events_of(text.decode())
+    assert status == 200
+    assert [number for number, _, _ in events] == list(range(2, 23))
+    status, body = service.ask("GET", path)
+    assert status == 200
+    assert [image["b64_json"] for image in json.loads(body)["data"]] == [
+        image["b64_json"] for image in service.images(**request)
+    ]
+    assert service.ask("GET", "/v1/images/generations/gen_0")[0] == 404
+
+
+def test_a_request_goes_on_without_its_connection(service: Service) -> None:
+    with service.stream({**LONG, "stream": True}) as reply:
+        id = reply.getheader("x-generation-id")
+    time.sleep(1)  # Ray Serve hears of it and ends what it was asked for by that connection
+    status, text = service.ask("GET", f"/v1/images/generations/{id}")
+    assert status == 200, text
+    assert len(json.loads(text)["data"]) == LONG["n"]
+
+
+def test_a_request_that_is_given_up_makes_room_for_others(service: Service) -> None:
+    everything = {**LONG, "n": 64, "class_label": 1, "guidance_scale": 1, "sampler": "heun"}
+    with service.stream({**everything, "stream": True}) as reply:
+        id = reply.getheader("x-generation-id")
+        (running,) = service.get("/v1/engine")["requests"]
+        assert running["id"] == id
+        assert (running["n"], running["done"]) == (64, 0)
+        assert running["rows"] == 64 * 1000 * 2 * 2
+        status, body = service.post(LONG)
+        assert (status, body["error"]["type"]) == (429, "rate_limit_error")
+        status, text = service.ask("DELETE", f"/v1/images/generations/{id}")
+        assert (status, json.loads(text)["state"]) == (200, "cancelled")
+        assert reply.read() == b""
+    assert service.get("/v1/engine")["rows"] == 0
+    begin = time.monotonic()
+    service.images(num_inference_steps=2)
+    assert time.monotonic() - begin < 20, "no replica draws what nobody wants"
+
+
+def test_a_key_makes_a_request_once(service: Service) -> None:
+    def post(body: object) -> tuple[int, Any]:
+        headers = {"Idempotency-Key": "k"}
+        url = f"{service.url}/v1/images/generations"
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return reply.status, json.load(reply)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
+    once, again = (post({"n": 2, "num_inference_steps": 3}) for _ in range(2))
+    assert once[0] == 200
+    assert again == once, "the seed was not given, and is the same"
+    status, reply = post({"n": 3})
+    assert status == 400
+    assert "'k' came with another request before" in reply["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "sentence"),
+    [
+        ({"partial_images": 3}, "partial_images", "partial_images=3 needs stream=true"),
+        ({"stream": "yes"}, "stream", "valid boolean"),
+        (
+            {"n": 64, "partial_images": 100, "stream": True},
+            "partial_images",
+            "n=64 times partial_images=100 must be at most 1000",
+        ),
+    ],
+)
+def test_a_stream_that_cannot_be_is_422(
+    service: Service, body: object, param: str, sentence: str
+) -> None:
+    status, reply = service.post(body)
+    assert (status, reply["error"]["param"]) == (422, param)
+    assert sentence in reply["error"]["message"]
 
 
 def test_a_port_in_use_is_a_sentence(tiny: Workplace, service: Service) -> None:

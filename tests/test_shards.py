@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
+from pipeline.data.parts import read_parts
 from pipeline.data.shards import (
     NO_LABEL,
     encode_part,
     images_of,
+    labels_of,
     part_path,
-    read_split,
+    read_part,
     split_of,
 )
 from pipeline.errors import CorruptArtifact
@@ -50,19 +52,25 @@ def write_shard_set(folder: str, encoding: str) -> np.ndarray:
     return images
 
 
+def read(folder: Path) -> pa.Table:
+    """All parts."""
+    manifest = storage.read_manifest(str(folder))
+    assert manifest is not None
+    return pa.concat_tables([read_part(str(folder), entry) for entry in manifest.files])
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_parts_are_read_back_in_order(tmp_path: Path, encoding: str) -> None:
     images = write_shard_set(str(tmp_path), encoding)
-    got = read_split(str(tmp_path), "train")
-    assert np.array_equal(got.images, images)
-    assert got.labels.tolist() == [i % 3 or NO_LABEL for i in range(COUNT)]
-    assert got.keys == KEYS
-    assert len(read_split(str(tmp_path), "holdout")) == 0
+    got = read(tmp_path)
+    assert np.array_equal(images_of(got), images)
+    assert labels_of(got).tolist() == [i % 3 or NO_LABEL for i in range(COUNT)]
+    assert got["key"].to_pylist() == KEYS
 
 
 def test_a_shard_set_that_is_not_complete_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no complete ShardSet at"):
-        read_split(str(tmp_path), "train")
+        read_parts(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -148,14 +156,14 @@ def test_a_damaged_part_is_noticed(tmp_path: Path, encoding: str) -> None:
     data[len(data) // 3] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(CorruptArtifact, match="part-00001.parquet does not match its sha256"):
-        read_split(str(tmp_path), "train")
+        read(tmp_path)
 
 
 def test_a_missing_part_is_noticed(tmp_path: Path) -> None:
     write_shard_set(str(tmp_path), "raw")
     (tmp_path / "train" / "part-00001.parquet").unlink()
     with pytest.raises(CorruptArtifact, match="part-00001.parquet is missing: delete"):
-        read_split(str(tmp_path), "train")
+        read(tmp_path)
 
 
 def test_a_reader_of_single_row_groups_notices_damage_to_the_pixels() -> None:

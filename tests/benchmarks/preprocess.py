@@ -116,7 +116,7 @@ def installed(package: str) -> str:
 
 
 def result(
-    what: str, ours: float, peer: float, peer_name: str, goal: float, unit: str = "images/s"
+    what: str, ours: float, peer: float, peer_name: str, goal: float | None, unit: str = "images/s"
 ) -> dict[str, Any]:
     return {
         "what": what,

@@ -1,0 +1,108 @@
+"""A real service on a real Ray, as a test uses it over HTTP."""
+
+import contextlib
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from tests.conftest import Workplace, end
+
+
+@dataclass(frozen=True)
+class Service:
+    url: str
+    port: int
+    process: subprocess.Popen[str]
+    metrics: str
+    """Where its metrics are."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Of every request."""
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def get(self, path: str) -> Any:
+        request = urllib.request.Request(self.url + path, headers=self.headers)
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.load(reply)
+
+    def post(self, body: object, raw: bytes | None = None) -> tuple[int, Any]:
+        data = json.dumps(body).encode() if raw is None else raw
+        url = f"{self.url}/v1/images/generations"
+        request = urllib.request.Request(url, data, self.headers)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return reply.status, json.load(reply)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
+    @contextlib.contextmanager
+    def stream(self, body: object) -> Iterator[http.client.HTTPResponse]:
+        """The events of a request, which is running now; then the connection is lost."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(
+                "POST", "/v1/images/generations", json.dumps(body), headers=self.headers
+            )
+            with connection.getresponse() as reply:
+                yield reply
+
+    def ask(self, method: str, path: str, **headers: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request(method, path, headers=self.headers | headers)
+            reply = connection.getresponse()
+            return reply.status, reply.read()
+
+    def images(self, **body: object) -> list[dict[str, Any]]:
+        status, reply = self.post(body)
+        assert status == 200, reply
+        data: list[dict[str, Any]] = reply["data"]
+        return data
+
+
+@contextlib.contextmanager
+def served(place: Workplace, *options: str) -> Iterator[Service]:
+    """`ddpm serve digits@champion` with these options; ended by Ctrl-C if it is still there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = place.start("serve", "digits@champion", "--port", str(port), *options)
+    lines: list[str] = []
+    ready = threading.Event()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("log "):
+                ready.set()
+        ready.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        assert ready.wait(120) and process.poll() is None, "".join(lines)
+        (metrics,) = (line.split()[1] for line in lines if line.startswith("metrics "))
+        yield Service(f"http://127.0.0.1:{port}", port, process, metrics)
+        if process.poll() is None:
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 0, "".join(lines)
+            assert psutil.wait_procs(children, timeout=60)[1] == []
+        reader.join(timeout=60)
+        assert "Traceback" not in "".join(lines)
+    finally:
+        end(process)
