@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install run test soak lint bench serve ui clean
+.PHONY: help install run test soak load lint bench serve ui clean
 
 help:            ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -14,7 +14,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,diffusers,interop,onnx,s3-test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser-test,dev,diffusers,efficientnet,http-test,interop,onnx,s3-test]'
+	@# aside: torchmetrics takes it where it finds it, and it needs torchvision
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/oracles torch-fidelity==0.4.0
 	@touch $@
 
 install: $(VENV)/.installed  ## Install into .venv
@@ -33,6 +35,9 @@ lint: install    ## Check style and types
 soak: install    ## Kill trainings at random, longer than the suite may take
 	$(BIN)/python -m pytest tests/soak.py -s
 
+load: install    ## Load a service with all kinds of clients and kill its replicas, for five minutes
+	$(BIN)/python -m pytest tests/load.py -s
+
 PEERS  := .venv-peers
 $(PEERS)/.installed:
 	$(PYTHON) -m venv $(PEERS)
@@ -48,6 +53,9 @@ bench: install $(PEERS)/.installed  ## Run the benchmarks that need no model, in
 	$(BIN)/python -m tests.benchmarks.record train_step
 	$(BIN)/python -m tests.benchmarks.record train_step --profile
 	$(BIN)/python -m tests.benchmarks.record ray_overhead
+	$(BIN)/python -m tests.benchmarks.record evaluate
+	$(BIN)/python -m tests.benchmarks.record engine
+	$(BIN)/python -m tests.benchmarks.record serve_load
 
 serve: install   ## Serve the digits that `make run` trained
 	$(BIN)/ddpm serve digits@champion --replicas 2

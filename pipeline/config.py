@@ -24,6 +24,7 @@ from pipeline.samplers.model import check_sampling
 from pipeline.samplers.plan import SamplingConfig
 from pipeline.serving.api import ServingConfig
 from pipeline.training.config import TrainingConfig, check_objective
+from pipeline.training.ema import sigma_rel_to_gamma
 
 
 class ClusterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -94,6 +95,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
         except RequestError as error:
             raise ValueError(f"sampling: {error.message}") from error
         self._check_over_steps()
+        self._check_sigma_rel()
         if self.evaluation.ode_images and self.diffusion.zero_terminal_snr:
             raise ValueError(
                 f"evaluation.ode_images={self.evaluation.ode_images} needs a last timestep of "
@@ -113,6 +115,19 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
                 f"{self.training.accumulate} cut it: raise it, or lower one of them"
             )
         return self
+
+    def _check_sigma_rel(self) -> None:
+        if (sigma_rel := self.evaluation.sigma_rel) is None:
+            return
+        if self.training.ema.kind != "power":
+            raise ValueError(
+                f"evaluation.sigma_rel={sigma_rel} is made from snapshots of power averages, which "
+                f"training.ema.kind={self.training.ema.kind} does not keep: use kind=power"
+            )
+        try:
+            sigma_rel_to_gamma(sigma_rel)
+        except ValueError as error:
+            raise ValueError(f"evaluation.{error}") from error
 
     def _check_over_steps(self) -> None:
         over_steps = self.evaluation.over_steps
@@ -158,13 +173,15 @@ def validate_config(values: dict[str, Any], where: str) -> RunConfig:
 
 
 def _sentence(problem: Any) -> str:
-    loc = list(map(str, problem["loc"]))
-    network = loc.pop(1) if loc[:1] == ["network"] and loc[1:] else None  # its kind
+    loc, of_kind = list(map(str, problem["loc"])), ""
+    for section in (["network"], ["evaluation", "extractor"]):  # a union, by `kind`
+        if loc[: len(section)] == section and len(loc) > len(section):
+            of_kind = f"{'.'.join(section)}.kind={loc.pop(len(section))}"
     key = ".".join(loc)
     kind, message = problem["type"], str(problem["msg"])
     if kind == "extra_forbidden":
-        if network and key in known_keys():
-            return f"{key}={problem['input']!r} has no meaning for network.kind={network}: drop it"
+        if of_kind and key in known_keys():
+            return f"{key}={problem['input']!r} has no meaning for {of_kind}: drop it"
         near = _nearest_key(key)
         return f"{key} is not a known key" + (f"; did you mean {near}?" if near else "")
     if kind == "missing":
@@ -186,10 +203,16 @@ def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        for part in (field.annotation, *get_args(field.annotation)):  # of a union, its members
-            if isinstance(part, type) and issubclass(part, BaseModel):
-                keys += known_keys(part, f"{prefix}{name}.")
+        for section in _sections_in(field.annotation):
+            keys += known_keys(section, f"{prefix}{name}.")
     return keys
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a type stands for: itself, or those of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]
 
 
 def _nearest_key(key: str) -> str | None:

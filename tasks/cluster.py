@@ -102,6 +102,14 @@ def _check_reachable(address: str) -> None:
             raise ConnectionError(f"nothing answers there ({error.strerror or error})") from error
 
 
+def metrics_urls() -> list[str]:
+    """Where Ray's agent on each node serves its metrics to Prometheus."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in nodes]
+
+
 def worker_needs(config: ClusterConfig) -> str:
     """`needs 2 workers of 1 CPU (cluster.workers, ...)`"""
     workers, cpus, gpus = config.min_workers, config.cpus_per_worker, config.gpus_per_worker

@@ -15,10 +15,9 @@ from pipeline.registry.models import (
     SERVING_TAG,
     ModelReference,
     find_version,
-    read_checkpoint,
     register,
 )
-from pipeline.training import checkpoint
+from tasks import averages
 from tasks.stage import Outcome, StageContext
 
 REFERENCE_JSON = "registered.json"
@@ -38,14 +37,14 @@ def still_registered(folder: str, tracking_uri: str) -> bool:
 
 
 def run(ctx: StageContext) -> Outcome:
-    """Copy the EMA weights into the registry; point the alias at them if the rules hold."""
+    """Copy what was measured into the registry; point the alias at it if the rules hold."""
     ctx.progress.start(1, "model")
     train = storage.read_manifest(ctx.inputs["train"])
     shards = storage.read_manifest(ctx.inputs["preprocess"])
     scores = storage.read_manifest(ctx.inputs["evaluate"])
     assert train is not None and shards is not None and scores is not None
-    info = checkpoint.read(ctx.inputs["train"], train.stats["step"])
-    spec, weights = read_checkpoint(info.uri)
+    info = averages.last_checkpoint(ctx.inputs["train"])
+    spec, weights = averages.measured(ctx.inputs["train"], ctx.inputs["evaluate"])
 
     run = ctx.tracked_run()
     run.log_history(info.history)  # a store that is new to this training has none of it

@@ -33,6 +33,8 @@ class StageContext:
     progress: Progress
     tracked_run: Callable[[], TrackedRun]
     """The pipeline's MLflow run, opened when a stage first asks for it."""
+    beside: dict[str, str] = field(default_factory=dict)
+    """The same as `inputs` of outputs that may not be finished yet."""
 
 
 @dataclass(frozen=True)

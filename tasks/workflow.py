@@ -36,6 +36,10 @@ class StageSpec:
     """The parts of the config that it reads."""
     inputs: tuple[str, ...]
     """The stages whose outputs it reads."""
+    beside: tuple[str, ...] = ()
+    """The stages whose outputs it uses if they are there in time; what it makes is the same."""
+    apart_from: tuple[str, ...] = ()
+    """What makes no difference among `sections`."""
     format: int = 1
     """Raised when the output changes its form, which makes older outputs strangers."""
 
@@ -64,13 +68,20 @@ STAGES = (
         "reference",
         ("name", "seed", "evaluation.classifier_epochs", "evaluation.extractor"),
         ("preprocess",),
-        format=2,
+        apart_from=("evaluation.extractor.file",),  # its hash stands beside it
+        format=3,
     ),
-    StageSpec("train", ("seed", "network", "diffusion", "training"), ("preprocess",)),
+    StageSpec(
+        "train",
+        ("seed", "network", "diffusion", "training"),
+        ("preprocess",),
+        beside=("reference",),
+    ),
     StageSpec(
         "evaluate",
         ("seed", "evaluation", "sampling"),
         ("preprocess", "train", "reference"),
+        apart_from=("evaluation.extractor.file", "evaluation.during_training"),
         format=2,
     ),
     StageSpec("register", ("name", "registry", "serving"), ("preprocess", "train", "evaluate")),
@@ -159,13 +170,18 @@ def plan(
 
 def _sections(config: RunConfig, spec: StageSpec) -> dict[str, Any]:
     values = config.model_dump(mode="json")  # as a manifest has them
-    sections = {}
-    for path in spec.sections:
-        value: Any = values
-        for name in path.split("."):
-            value = value[name]
-        sections[path] = value
-    return sections
+    for path in spec.apart_from:
+        *outer, last = path.split(".")
+        section = _at(values, outer)
+        if isinstance(section, dict):
+            section.pop(last, None)
+    return {path: _at(values, path.split(".")) for path in spec.sections}
+
+
+def _at(values: Any, path: list[str]) -> Any:
+    for name in path:
+        values = values[name]
+    return values
 
 
 def _why_inputs_changed(names: list[str]) -> str:
@@ -335,6 +351,11 @@ def _run_stage(
                     id=stage.id,
                     folder=stage.folder,
                     inputs={input_: plan.folder(input_) for input_ in stage.spec.inputs},
+                    beside={
+                        other.spec.name: other.folder
+                        for other in plan.stages
+                        if other.spec.name in stage.spec.beside
+                    },
                     tracking_uri=plan.tracking_uri,
                     progress=bar,
                     tracked_run=tracked_run,

@@ -176,11 +176,7 @@ def images_at(shard_set: str, split: str, indices: np.ndarray) -> ImageSet:
             images.append(np.stack(list(part.read_images(rows.tolist()))))
             labels.append(part.read_labels()[rows])
     place = np.searchsorted(rising, indices)
-    return ImageSet(
-        np.concatenate(images)[place],
-        np.concatenate(labels)[place],
-        keys_at(parts, indices),
-    )
+    return ImageSet(np.concatenate(images)[place], np.concatenate(labels)[place])
 
 
 def choose(n: int, most: int, seed: int) -> np.ndarray:

@@ -166,37 +166,13 @@ def corrupt(shard_set: str, path: str, why: str) -> CorruptArtifact:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A split in memory: images (N, H, W, C) uint8, labels (N,) int64 with NO_LABEL for none."""
+    """Images in memory: images (N, H, W, C) uint8, labels (N,) int64 with NO_LABEL for none."""
 
     images: np.ndarray
     labels: np.ndarray
-    keys: list[str]
 
     def __len__(self) -> int:
         return len(self.images)
 
 
-NO_IMAGES = ImageSet(np.empty((0, 1, 1, 1), np.uint8), np.empty(0, np.int64), [])
-
-
-def read_split(shard_set: str, split: str) -> ImageSet:
-    """All images of a split of a ShardSet, in the order of the parts.
-
-    Raises:
-        FileNotFoundError: the ShardSet is not complete.
-        CorruptArtifact: a part is missing, or does not match the sha256 in the manifest.
-        StorageError: a part cannot be read.
-    """
-    manifest = storage.read_manifest(shard_set)
-    if manifest is None:
-        raise FileNotFoundError(f"there is no complete ShardSet at {shard_set}")
-    images, labels, keys = [], [], []
-    for entry in manifest.files:
-        if entry.path.startswith(f"{split}/"):
-            table = read_part(shard_set, entry)
-            images.append(images_of(table))
-            labels.append(labels_of(table))
-            keys.extend(table["key"].to_pylist())
-    if not images:
-        return NO_IMAGES
-    return ImageSet(np.concatenate(images), np.concatenate(labels), keys)
+NO_IMAGES = ImageSet(np.empty((0, 1, 1, 1), np.uint8), np.empty(0, np.int64))

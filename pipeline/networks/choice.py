@@ -14,9 +14,10 @@ and not the name.
                               33M, 130M, 458M and 675M at patch 2, with 1,000 classes and a learned
                               variance, on latents of 32x32x4
 
-Widths, depths and blocks are the published ones, and with them the number of parameters. Our own
-stay the first weights of the U-Net (torch's), the padding of a stride-2 convolution (alike on all
-sides), and the groups of a GroupNorm (of ADM's, at widths that 128 does not divide, 16 and not 32).
+Widths, depths and blocks are the published ones, and with them the number of parameters; so are, of
+the first two, the padding of a stride-2 convolution, the embedding of t and the norms. Our own stay
+the first weights of the U-Net (torch's) and the groups of ADM's norms (at widths that 128 does not
+divide, 16 and not 32).
 """
 
 from typing import Annotated, Any
@@ -27,7 +28,16 @@ from pipeline.networks.backbone import Backbone
 from pipeline.networks.dit import DiT, DiTConfig
 from pipeline.networks.unet import UNet, UNetConfig
 
-DDPM = {"base_channels": 128, "blocks_per_level": 2, "attention_at": [16], "conditioning": "add"}
+DDPM = {
+    "base_channels": 128,
+    "blocks_per_level": 2,
+    "attention_at": [16],
+    "conditioning": "add",
+    "norm_eps": 1e-6,
+    "halving_padding": "after",
+    "sines_first": True,
+    "frequency_shift": 1,
+}
 ADM = {"attention_at": [32, 16, 8], "head_channels": 64, "resample": "block"}
 DIT = {  # depth, width, heads
     "s": (12, 384, 6),

@@ -67,8 +67,7 @@ def decide(
         StorageError: the registry cannot be used.
         ModelNotFound: the version was deleted meanwhile.
     """
-    with _turn(reference.name, reference.tracking_uri) as (client, model):
-        get_version(client, reference.name, reference.version)
+    with _turn_over(reference) as (client, model):
         before = _holder(model, alias)
         champion = None
         if before not in (None, reference.version):
@@ -91,8 +90,7 @@ def promote(reference: ModelReference, alias: str) -> str | None:
         StorageError: the registry cannot be used.
         ModelNotFound: the version was deleted meanwhile.
     """
-    with _turn(reference.name, reference.tracking_uri) as (client, model):
-        get_version(client, reference.name, reference.version)
+    with _turn_over(reference) as (client, model):
         before = _holder(model, alias)
         _move(client, model, alias, reference.version, "promote")
     return before
@@ -135,6 +133,14 @@ def history(name: str, alias: str, tracking_uri: str) -> list[Move]:
     client = make_client(tracking_uri)
     with explained(tracking_uri):
         return _read_history(require_model(client, name, tracking_uri), alias)
+
+
+@contextmanager
+def _turn_over(reference: ModelReference) -> Iterator[tuple[MlflowClient, RegisteredModel]]:
+    """`_turn`, with a version that is there."""
+    with _turn(reference.name, reference.tracking_uri) as (client, model):
+        get_version(client, reference.name, reference.version)
+        yield client, model
 
 
 @contextmanager

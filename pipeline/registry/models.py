@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from pipeline import storage
-from pipeline.errors import CorruptArtifact, ModelNotFound, RequestError, StorageError
+from pipeline.errors import CorruptArtifact, ModelNotFound, RequestError, StorageError, shown
 from pipeline.registry.folder import (
     CARD,
     GRID,
@@ -182,10 +182,11 @@ def parse_reference(text: str) -> tuple[str, str]:
     Raises:
         ModelNotFound: it is none of these.
     """
-    match = re.fullmatch(r"(?:models:/)?([^@/:]+)[@/]([A-Za-z0-9_-]+)", text)
-    if match is None:
+    match = re.fullmatch(r"(?:models:/)?([^@/:]{1,256})[@/]([A-Za-z0-9_-]{1,256})", text)
+    # names that the registry cannot look for: it would look like a fault of the registry
+    if match is None or not match[1].isprintable() or re.match(r"\s*$|\.\.|\.$", match[1]):
         raise ModelNotFound(
-            f"{text!r} does not name a model: write NAME@ALIAS or NAME@VERSION, as in "
+            f"{shown(text)} does not name a model: write NAME@ALIAS or NAME@VERSION, as in "
             "digits@champion or digits@1"
         )
     return match[1], match[2]

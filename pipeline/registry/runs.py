@@ -57,12 +57,30 @@ def make_client(uri: str) -> MlflowClient:
 
     The first use of a new sqlite file by two processes at once would fail, so it is done in turn.
     """
+    with in_turn(uri), explained(uri):
+        if uri.startswith(SQLITE):
+            _make_database(Path(uri.removeprefix(SQLITE)))
+        return _open(uri)
+
+
+def _open(uri: str) -> MlflowClient:
     from mlflow.tracking import MlflowClient
 
-    with in_turn(uri), explained(uri):
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        client.search_experiments(max_results=1)
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    client.search_experiments(max_results=1)
     return client
+
+
+def _make_database(path: Path) -> None:
+    """A sqlite store that is there is whole: a process killed while MLflow makes its tables leaves
+    a file that MLflow can neither use nor mend."""
+    if path.exists():
+        return
+    new = path.with_name(f"{path.name}.new")
+    for left in (new, new.with_name(f"{new.name}-journal")):
+        left.unlink(missing_ok=True)
+    _open(f"{SQLITE}{new}")
+    new.rename(path)
 
 
 def artifact_location(uri: str) -> str | None:

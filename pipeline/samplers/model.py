@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.diffusion.elbo import mean_and_fraction
 from pipeline.diffusion.parameterisation import network_input, x_0_from
 from pipeline.diffusion.schedules import DiffusionConfig, Schedule, Variance, make_schedule
-from pipeline.errors import RequestError
+from pipeline.errors import RequestError, shown
 from pipeline.networks.choice import NetworkConfig, make_backbone
 from pipeline.networks.monotone import ScheduledNetwork
 from pipeline.samplers.ancestral import ancestral
@@ -129,7 +129,8 @@ def check_sampling(diffusion: DiffusionConfig, sampling: SamplingConfig) -> None
     """Raise RequestError, with `param` set, where a sampler cannot follow a schedule."""
     if sampling.steps > diffusion.timesteps:
         raise RequestError(
-            f"steps={sampling.steps} must be from 1 to the model's {diffusion.timesteps} timesteps",
+            f"steps={shown(sampling.steps)} must be from 1 to the model's {diffusion.timesteps} "
+            "timesteps",
             "steps",
         )
     if not diffusion.zero_terminal_snr:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, model_validator
 from torch import Tensor
 
 from pipeline.diffusion.gaussian import like
@@ -93,7 +93,7 @@ class SolverSettings(BaseModel, frozen=True, extra="forbid", strict=True):
     """Where the noise levels lie: see pipeline/samplers/spacing.py."""
     guidance_rescale: float = Field(default=0.0, ge=0.0, le=1.0)
     """φ: how far the guided output gets back the standard deviation of the conditional one."""
-    guidance_interval: Annotated[tuple[float, float], Field(strict=False)] | None = None
+    guidance_interval: Annotated[tuple[FiniteFloat, FiniteFloat], Field(strict=False)] | None = None
     """[σ_low, σ_high]: guide only at noise levels σ = √((1-ᾱ)/ᾱ) within it."""
     clip_x_0: bool = True
     """Clip x̂_0 to the data range [-1, 1] at every step."""
@@ -101,7 +101,7 @@ class SolverSettings(BaseModel, frozen=True, extra="forbid", strict=True):
     """Dynamic thresholding: clip to this quantile of |x̂_0| where it is above 1, divide by it."""
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
     """DDIM's η: 0 is deterministic, 1 is ancestral with σ² = β̃."""
-    order: Literal[1, 2, 3] = 2
+    order: int = Field(default=2, ge=1, le=3)
     """Of dpm_solver, dpm_solver_pp, unipc and deis."""
     singlestep: bool = False
     """Reach the order by evaluations between the noise levels, not by those before."""
@@ -110,7 +110,7 @@ class SolverSettings(BaseModel, frozen=True, extra="forbid", strict=True):
     churn: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     churn_min: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     churn_max: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
-    churn_noise: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    churn_noise: float = Field(default=1.0, gt=0.0, le=10.0)
     """S_churn, S_tmin, S_tmax (none: no bound) and S_noise of Karras et al. 2022, Algorithm 2."""
     corrector_steps: int = Field(default=1, ge=0, le=100)
     corrector_snr: float = Field(default=0.16, gt=0.0, le=1.0)
