@@ -149,6 +149,21 @@ def in_hand(service: Service) -> list[Any]:
     return [image for replica in replicas for of in replica["engines"] for image in of["images"]]
 
 
+def test_nothing_can_be_chosen_before_the_model_is_known(opened: Opener) -> None:
+    page = opened()
+    held: list[Any] = []
+    page.page.route("**/v1/models", held.append)
+    page.page.reload()
+    page.wait(lambda: page.see("#draw").is_disabled() and held, "the question about the model")
+    for choice in ("#compare", "#seed", "#n", "#mode"):
+        assert page.see(choice).is_disabled()
+    page.page.keyboard.press("Enter")
+    held[0].continue_()
+    page.see("#compare").check()
+    assert page.control("sampler", "B").is_visible()
+    assert page.see(".settings").count() == 2 and len(held) == 1
+
+
 def test_two_settings_are_drawn_side_by_side_and_share_the_batch(opened: Opener) -> None:
     page = opened()
     page.see("#compare").check()
