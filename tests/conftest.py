@@ -16,6 +16,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["MLFLOW_CONFIGURE_LOGGING"] = "false"
+os.environ["COLUMNS"] = "200"  # of the terminal: no table is cut
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 TINY = [
     "network.base_channels=8",
     "training.steps=60",
@@ -40,6 +41,8 @@ TINY = [
     "training.log_every=5",
     "training.checkpoint_every=20",
     "evaluation.samples=20",
+    "evaluation.elbo_images=4",
+    "evaluation.ode_images=2",
     "evaluation.classifier_epochs=2",
     "evaluation.during_training=10",
     "sampling.steps=4",

@@ -191,7 +191,7 @@ def test_a_killed_evaluation_goes_on_with_the_samples_that_it_had(
         "evaluation.samples=60",
         "evaluation.over_steps={samplers: [ddim, heun], steps: [2, 4], samples: 8}",
     ]
-    said = place.ddpm(*tiny_command("status", *more))
+    said = place.quick(*tiny_command("status", *more))
     (stage_id,) = re.findall(r"runs/evaluate/([0-9a-f]{16})", said)
     folder = place.folder / "runs" / "evaluate" / stage_id
     (reference,) = (place.folder / "runs" / "reference").iterdir()
@@ -326,7 +326,7 @@ def assert_ends_like_the_quiet_run(place: Workplace, tiny: Workplace) -> None:
 def test_lost_workers_and_controllers_are_replaced_and_nothing_changes(
     tiny: Workplace, tmp_path: Path
 ) -> None:
-    place = Workplace(tmp_path)
+    place = place_with_shards(tiny, tmp_path)
     process = place.start(*tiny_command("run"))
     try:
         wait_for(lambda: final_step(place) >= 20, 120, "the first checkpoint")
@@ -354,6 +354,8 @@ def test_elastic_workers_follow_the_nodes_that_come_and_are_lost(
         address, first = ask("add 1").split()
         # that cluster asks for no token, though this user may have one
         at = {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
+        # how long it waits for two workers where a lost node is still counted
+        at["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
         process = place.start(*tiny_command("train", *slow, *elastic), **at)
         try:
             wait_for(lambda: final_step(place) >= 20, 120, "the first checkpoint")
