@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import itertools
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from pipeline.samplers.model import ModelSpec
 from pipeline.serving.api import GenerationRequest, ServingConfig, rows_of, usage_of
 from pipeline.serving.engine import Caller, ImageRequest, Mode
 from pipeline.serving.recipe import Recipe, encode
-from tasks.generations import Generation
+from tasks.generations import EVENT_BYTES, Generation
 from tasks.metrics import IngressMetrics
 from tasks.sampler import Drawn, Order, Preview
 
@@ -54,6 +55,13 @@ class Job:
     @property
     def rows_each(self) -> int:
         return rows_of(self.images[0].sampling)
+
+    @property
+    def room(self) -> int:
+        """Bytes that its events take, at most: a picture of noise is as large as its pixels."""
+        frames = self.request.partial_images
+        pictures = (1 + 2 * frames) * math.prod(self.served.spec.image_shape) * 4 // 3
+        return len(self.images) * (pictures + (1 + frames) * EVENT_BYTES)
 
 
 class Dealer:

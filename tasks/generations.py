@@ -29,6 +29,20 @@ EVENT_BYTES = 2000
 State = Literal["running", "completed", "failed", "cancelled"]
 
 
+class Asked(NamedTuple):
+    """What a request is, and of whom."""
+
+    body_digest: str
+    """So that a key is not used for two things."""
+    client: str
+    n: int
+    """Images."""
+    rows: int
+    """Of network calls, about."""
+    room: int = 0
+    """Bytes that its events take, at most."""
+
+
 class Event(NamedTuple):
     """Something that happened to a request."""
 
@@ -41,15 +55,11 @@ class Event(NamedTuple):
 class Generation:
     """One request in hand."""
 
-    def __init__(self, id: str, body_digest: str, n: int, rows: int, client: str) -> None:
+    def __init__(self, id: str, asked: Asked) -> None:
         self.id = id
-        self.n = n
-        """Images that were asked for."""
+        self.asked = asked
         self.done_images = 0
-        self.client = client
-        self.body_digest = body_digest
-        """What was asked, so that a key is not used for two things."""
-        self.rows = rows
+        self.rows = asked.rows
         """Of network calls that are not done."""
         self.state: State = "running"
         self.created = int(time.time())
@@ -121,6 +131,9 @@ class Generation:
 
     @property
     def size(self) -> int:
+        """Bytes that it holds, or may come to hold."""
+        if self.state == "running":
+            return self.asked.room
         return sum(event.size for event in self.events)
 
 
@@ -142,9 +155,12 @@ class Generations:
         """Of network calls that are accepted and not done."""
         return sum(generation.rows for generation in self._by_id.values())
 
-    def rows_of(self, client: str) -> int:
-        """The same of one client."""
-        return sum(of.rows for of in self._by_id.values() if of.client == client)
+    @property
+    def all(self) -> list[Generation]:
+        return list(self._by_id.values())
+
+    def of(self, client: str) -> list[Generation]:
+        return [of for of in self._by_id.values() if of.asked.client == client]
 
     @property
     def running(self) -> list[Generation]:
@@ -170,26 +186,20 @@ class Generations:
         same = self._by_id.get(self._by_key.get((client, key), ""))
         if same is None or same.state in ("failed", "cancelled"):
             return None
-        if same.body_digest != body_digest:
+        if same.asked.body_digest != body_digest:
             raise RequestError(
                 f"the Idempotency-Key {shown(key)} came with another request before", "body"
             )
         return same
 
     def start(
-        self,
-        body_digest: str,
-        n: int,
-        rows: int,
-        client: str,
-        key: str | None,
-        run: Callable[[Generation], Awaitable[None]],
+        self, asked: Asked, key: str | None, run: Callable[[Generation], Awaitable[None]]
     ) -> Generation:
         """Take a request in and run it."""
-        generation = Generation(f"gen_{secrets.token_hex(12)}", body_digest, n, rows, client)
+        generation = Generation(f"gen_{secrets.token_hex(12)}", asked)
         self._by_id[generation.id] = generation
         if key is not None:
-            self._by_key[client, key] = generation.id
+            self._by_key[asked.client, key] = generation.id
         # in a context of its own: Ray Serve gives up what was called in the context of a request
         # whose connection is lost
         generation.task = asyncio.create_task(_run(generation, run), context=Context())

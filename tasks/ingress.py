@@ -3,9 +3,9 @@
 import asyncio
 import contextlib
 import logging
-import math
 import secrets
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 from typing import Any, get_args
 
@@ -34,13 +34,13 @@ from pipeline.serving.contract import (
     ReadyReply,
 )
 from pipeline.storage import sha256
+from tasks.admission import check_room
 from tasks.dealer import Dealer, Job, Served
-from tasks.generations import Generation, Generations
+from tasks.generations import Asked, Generation, Generations
 from tasks.metrics import IngressMetrics
 from tasks.openapi import GENERATION, LISTENING, Api, answers
 from tasks.page import Look, page
 from tasks.replies import (
-    TooMuch,
     Unknown,
     cause,
     no_such,
@@ -52,8 +52,11 @@ from tasks.replies import (
 
 LOOK_AGAIN = 2.0
 """Seconds for which a name means the version that it meant."""
-LONGEST_RETRY = 60
-"""Seconds that a client is told to wait, at most."""
+LONGEST_LOAD = 600.0
+"""Seconds that the replicas are given to load a version that is to be served next."""
+LOOKERS = 2
+"""Threads that ask the registry: however many clients name models that are not there, the pictures
+of the others are encoded by threads of their own."""
 
 http = Api(title="ray-ddpm")
 
@@ -97,6 +100,7 @@ class Ingress:
         self.look = Look(sampler)
         self._served: dict[str, Served] = {}
         self._meanings: dict[str, tuple[float, ModelReference]] = {}
+        self._lookers = ThreadPoolExecutor(LOOKERS, "registry")
         self._follower: asyncio.Task[None] | None = None
 
     # --- models -----------------------------------------------------------------------------------
@@ -112,9 +116,13 @@ class Ingress:
             return await self._describe(self.model)
         since, reference = self._meanings.get(name, (-LOOK_AGAIN, None))
         if reference is None or time.monotonic() - since > LOOK_AGAIN:
-            reference = await asyncio.to_thread(resolve, name, self.model.tracking_uri)
+            reference = await self._resolve(name)
             self._meanings[name] = (time.monotonic(), reference)
         return await self._describe(reference)
+
+    async def _resolve(self, name: str) -> ModelReference:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._lookers, resolve, name, self.model.tracking_uri)
 
     async def _describe(self, reference: ModelReference) -> Served:
         if str(reference) not in self._served:
@@ -132,9 +140,10 @@ class Ingress:
         while True:
             await asyncio.sleep(LOOK_AGAIN)
             try:
-                now = await asyncio.to_thread(resolve, self.called, self.model.tracking_uri)
+                now = await self._resolve(self.called)
                 if now != self.model:
-                    await self.sampler.broadcast("describe", now).results_async()
+                    replies = self.sampler.broadcast("describe", now).results_async()
+                    await asyncio.wait_for(replies, LONGEST_LOAD)
                     await self._describe(now)
                     self.model = now
             except Exception as error:  # the one before goes on serving
@@ -161,25 +170,9 @@ class Ingress:
     def _own(self, id: str, request: Request) -> Generation | None:
         """A request in hand; with API keys only its client's."""
         client, generation = self._client(request), self.generations.get(id)
-        if generation is not None and self.keys and generation.client != client:
+        if generation is not None and self.keys and generation.asked.client != client:
             return None
         return generation
-
-    def _check_room(self, job: Job, client: str) -> None:
-        """Raise TooMuch if a job has to wait outside. One that is alone never has to."""
-        rows = job.rows_each * len(job.images)
-        before, own = self.generations.rows, self.generations.rows_of(client)
-        # until a request is done, each other one has at most as much drawn as it (turns.py)
-        first = sum(min(rows, of.rows) for of in self.generations.running)
-        pace = job.served.rows_per_second[job.mode] * self.config.min_replicas
-        beyond = [
-            before + rows - self.config.max_rows if before else 0,
-            own + rows - self.config.rows_per_client if own else 0,
-            first + rows - pace * self.config.max_seconds if first else 0,
-        ]
-        if max(beyond) > 0:
-            seconds = math.ceil(min(max(beyond), before) / pace)
-            raise TooMuch(min(max(1, seconds), LONGEST_RETRY))
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -204,13 +197,14 @@ class Ingress:
         # again: while the model was looked for it may have come twice
         if (same := self.generations.of_key(client, key, digest)) is not None:
             return same
-        self._check_room(job, client)
+        asked = Asked(digest, client, len(images), len(images) * job.rows_each, job.room)
+        pace = served.rows_per_second[job.mode] * self.config.min_replicas
+        check_room(asked, self.generations, self.config, pace)
 
         async def run(generation: Generation) -> None:
             await self.dealer.run(generation, job)
 
-        n = len(images)
-        return self.generations.start(digest, n, n * job.rows_each, client, key, run)
+        return self.generations.start(asked, key, run)
 
     @http.post(
         "/v1/images/generations",
@@ -328,7 +322,7 @@ class Ingress:
             "requests": [
                 {
                     "id": of.id,
-                    "n": of.n,
+                    "n": of.asked.n,
                     "done": of.done_images,
                     "rows": of.rows,
                     "created": of.created,

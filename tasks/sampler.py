@@ -8,26 +8,25 @@ it is (pipeline/serving/turns.py).
 import asyncio
 import contextlib
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter
 
 from pipeline.data.images import to_uint8
 from pipeline.registry.models import ModelReference, load_model
-from pipeline.samplers.model import Model
 from pipeline.serving.api import ServingConfig
-from pipeline.serving.engine import Caller, Engine, EngineThread, Frame, ImageRequest, Mode
+from pipeline.serving.engine import Caller, EngineThread, Frame, ImageRequest, Mode
 from pipeline.serving.recipe import fingerprint
 from tasks.autoscaling import SECONDS_OF_WORK
 from tasks.cluster import worker_device
+from tasks.loaded import Loaded, LoadedModels
 from tasks.metrics import SamplerMetrics
 
 MOST_IN_HAND = 1024
@@ -124,24 +123,6 @@ class LeastRows(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray is untyp
             self._given[request.metadata.internal_request_id] = given
 
 
-class _Loaded:
-    """A model in memory, and its engine of each mode."""
-
-    def __init__(
-        self, name: str, model: Model, device: torch.device, config: ServingConfig
-    ) -> None:
-        self.name = name
-        self.model = model
-        self.engines: dict[Mode, Engine] = {
-            "exact": Engine(model, "exact", config.rows, device),
-            "fast": Engine(model, "fast", config.rows, device, config.compile),
-        }
-        self.rows_per_second: dict[Mode, float] = {}
-        """Of a full network call."""
-        self.images = 0
-        """In hand or about to be."""
-
-
 @serve.deployment(
     max_ongoing_requests=MOST_IN_HAND,
     health_check_period_s=5,
@@ -160,42 +141,26 @@ class Sampler:
         self.replica = serve.get_replica_context().replica_id.unique_id
         self.metrics = SamplerMetrics()
         self.thread = EngineThread(self.metrics.note_step)
-        self._models: OrderedDict[str, _Loaded] = OrderedDict()
         self._came: dict[object, float] = {}
-        self._loading = asyncio.Lock()
-        self._keep(model, self._load(model))
+        self._models = LoadedModels(self._load, config.max_models)
+        self._models.load_now(model)
         self._publisher = asyncio.get_running_loop().create_task(self._publish())
 
     # --- models -----------------------------------------------------------------------------------
 
-    def _load(self, reference: ModelReference) -> _Loaded:
+    def _load(self, reference: ModelReference) -> Loaded:
         """Load a model, and let it pay for torch's set-up."""
         model = load_model(reference.uri, reference.tracking_uri)
-        loaded = _Loaded(str(reference), model, self.device, self.config)
+        loaded = Loaded(str(reference), model, self.device, self.config)
         for engine in loaded.engines.values():
             loaded.rows_per_second[engine.mode] = self.thread.call(engine.warm_up).result()
         return loaded
-
-    def _keep(self, reference: ModelReference, loaded: _Loaded) -> None:
-        self._models[reference.digest] = loaded
-        idle = [digest for digest, of in self._models.items() if not of.images and of is not loaded]
-        for digest in idle[: max(0, len(self._models) - self.config.max_models)]:
-            del self._models[digest]
-
-    async def _model(self, reference: ModelReference) -> _Loaded:
-        """The model of a version, loaded if it is not there, now the one used last."""
-        if reference.digest not in self._models:
-            async with self._loading:  # one at a time: memory is what runs out
-                if reference.digest not in self._models:
-                    self._keep(reference, await asyncio.to_thread(self._load, reference))
-        self._models.move_to_end(reference.digest)
-        return self._models[reference.digest]
 
     # --- what the ingress asks --------------------------------------------------------------------
 
     async def draw(self, order: Order) -> AsyncIterator[Preview | Drawn]:
         """The frames of an image as they come, then the image. Whoever stops listening drops it."""
-        loaded = await self._model(order.model)
+        loaded = await self._models.get(order.model)
         loaded.images += 1
         arrival = object()
         self._came[arrival] = time.monotonic()
@@ -222,7 +187,7 @@ class Sampler:
 
     async def describe(self, reference: ModelReference) -> dict[str, Any]:
         """What the ingress needs to know of a model, which is loaded for it."""
-        loaded = await self._model(reference)
+        loaded = await self._models.get(reference)
         return {
             "spec": loaded.model.spec.model_dump(mode="json"),
             "digest": loaded.model.digest,
@@ -233,7 +198,7 @@ class Sampler:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Ray Serve asks for this: the seconds that the work in hand takes, see autoscaling.py."""
         seconds = 0.0
-        for loaded in self._models.values():
+        for loaded in self._models.all:
             for mode, engine in loaded.engines.items():
                 seconds += engine.num_rows / loaded.rows_per_second[mode]
         return {SECONDS_OF_WORK: seconds}
@@ -243,7 +208,7 @@ class Sampler:
             await asyncio.sleep(1)
             names = {
                 engine: loaded.name
-                for loaded in self._models.values()
+                for loaded in self._models.all
                 for engine in loaded.engines.values()
             }
             self.metrics.publish(names, list(self._came.values()))
@@ -260,9 +225,7 @@ class Sampler:
     def _look(self) -> list[dict[str, Any]]:
         """What each engine is at. On the thread of the engines."""
         engines = [
-            (loaded, engine)
-            for loaded in list(self._models.values())
-            for engine in loaded.engines.values()
+            (loaded, engine) for loaded in self._models.all for engine in loaded.engines.values()
         ]
         return [
             {

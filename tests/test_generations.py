@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RequestError
-from tasks.generations import Generation, Generations
+from tasks.generations import Asked, Generation, Generations
+
+ASKED = Asked("digest", "ann", n=1, rows=1)
 
 
 def on_a_loop(body: Callable[[], Awaitable[Any]]) -> Any:
@@ -28,7 +30,7 @@ def on_a_loop(body: Callable[[], Awaitable[Any]]) -> Any:
 
 def test_who_starts_beyond_the_last_event_waits_for_the_end_and_stops_nobody() -> None:
     async def body() -> list[Any]:
-        generation = Generation("gen_1", "digest", n=1, rows=1, client="ann")
+        generation = Generation("gen_1", ASKED)
 
         async def hear() -> list[Any]:
             return [number async for number, _ in generation.listen(after=999)]
@@ -45,7 +47,7 @@ def test_who_starts_beyond_the_last_event_waits_for_the_end_and_stops_nobody() -
 @pytest.mark.parametrize("header", ["-1", "1e9", "2", "٢", "²", "x", " 1", "1" * 5000])
 def test_an_event_that_was_never_told_cannot_be_the_last_one_heard(header: str) -> None:
     async def body() -> None:
-        generation = Generation("gen_1", "digest", n=1, rows=1, client="ann")
+        generation = Generation("gen_1", ASKED)
         await generation.tell("an event", {})
         assert [generation.heard(known) for known in (None, "", "0", "1")] == [0, 0, 0, 1]
         with pytest.raises(RequestError, match="Last-Event-ID=.* is no event of this") as caught:
@@ -72,7 +74,7 @@ def test_a_key_gives_what_was_made_and_a_failure_is_tried_again() -> None:
         generations = Generations()
         for run, state in ((_fail, "failed"), (_hang, "cancelled"), (_succeed, "completed")):
             assert generations.of_key("ann", "key", "digest") is None
-            generation = generations.start("digest", 1, 1, "ann", "key", run)
+            generation = generations.start(ASKED, "key", run)
             assert generations.of_key("ann", "key", "digest") is generation
             if run is _hang:
                 await generations.cancel(generation)
