@@ -389,8 +389,9 @@ class Bench:
 
         from tasks.serve import APPLICATION, start
 
-        config = ServingConfig(replicas=replicas, max_rows=10**7)
-        start(self.model, str(self.model), config, "127.0.0.1", self.port)
+        most = 10**7
+        config = ServingConfig(replicas=replicas, max_rows=most, max_rows_per_client=most)
+        start(self.model, str(self.model), config, {}, "127.0.0.1", self.port)
         try:
             yield
         finally:
