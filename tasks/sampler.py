@@ -22,7 +22,8 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, Reque
 from pipeline.data.images import to_uint8
 from pipeline.registry.models import ModelReference, load_model
 from pipeline.serving.api import ServingConfig
-from pipeline.serving.engine import Caller, EngineThread, Frame, ImageRequest, Mode
+from pipeline.serving.engine import Caller, Frame, ImageRequest, Mode
+from pipeline.serving.engine_thread import EngineThread
 from pipeline.serving.recipe import fingerprint
 from tasks.autoscaling import SECONDS_OF_WORK
 from tasks.cluster import worker_device

@@ -18,7 +18,8 @@ from pipeline.samplers.model import SOLVERS, Model, ModelSpec, build_model, make
 from pipeline.samplers.plan import MATRIX, OWNERS, SamplerName, SamplingConfig, T, X, run_plan
 from pipeline.seeding import key, normal
 from pipeline.serving import recipe
-from pipeline.serving.engine import Caller, Engine, EngineThread, ImageRequest, evenly
+from pipeline.serving.engine import Caller, Engine, ImageRequest, evenly
+from pipeline.serving.engine_thread import EngineThread
 from tests.conftest import wait_for
 
 
