@@ -152,7 +152,7 @@ def in_hand(service: Service) -> list[Any]:
 def test_nothing_can_be_chosen_before_the_model_is_known(opened: Opener) -> None:
     page = opened()
     held: list[Any] = []
-    page.page.route("**/v1/models", held.append)
+    page.page.route("**/v1/models", lambda route: held.append(route))
     page.page.reload()
     page.wait(lambda: page.see("#draw").is_disabled() and held, "the question about the model")
     for choice in ("#compare", "#seed", "#n", "#mode"):
