@@ -24,6 +24,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel
 
+from pipeline import lease
 from pipeline.errors import StorageError
 
 MANIFEST = "manifest.json"
@@ -271,12 +272,13 @@ def exclusive(
 ) -> Iterator[None]:
     """Hold a lock file for this process; a second process waits until the first is gone.
 
-    The kernel lets go of the lock when its holder dies, however it dies. Object stores have no
-    such lock: two runs of the same config at once are each other's competitors there.
+    The kernel lets go of the lock when its holder dies, however it dies; in a bucket it is a lease,
+    see lease.py. Other object stores have no such lock: two runs of the same config at once do
+    their work twice there, and write the same.
 
     Args:
         lock: URI of the lock file.
-        waiting: called once, with the holder's process id, when there is someone to wait for.
+        waiting: called once, with the holder (`process 17`), when there is someone to wait for.
         remedy: what the user can do where the lock file cannot be made; part of a sentence.
 
     Raises:
@@ -284,7 +286,12 @@ def exclusive(
     """
     path = local_path(lock)
     if path is None:
-        yield
+        fs, place = _open_fs(lock)
+        with contextlib.ExitStack() as stack:
+            if "s3" in fs.protocol:
+                with _explained("write to", lock, remedy):
+                    stack.enter_context(lease.held(fs, place, waiting))
+            yield
         return
     import fcntl  # not on Windows, where Ray clusters are not supported either
 
@@ -296,7 +303,7 @@ def exclusive(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            waiting(file.read().strip())
+            waiting(f"process {file.read().strip()}")
             while True:  # in slices, so that Ctrl-C is heard
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

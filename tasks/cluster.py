@@ -11,6 +11,19 @@ import torch
 from pipeline.config import ClusterConfig
 from pipeline.errors import ClusterError
 
+ENVIRONMENT = {
+    # libgomp's threads spin at barriers: with more of them than cores a step takes 20 times as long
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # glibc gives the memory of a network's large tensors back after each call, and the next call
+    # faults it in anew, page by page, which takes up to a third of its time: keep it (sizes up to
+    # glibc's own most, and however much is free)
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    # Ray Train's barriers would wait for ever
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "3600",
+}
+"""Of the worker processes, where it does not say otherwise already."""
+
 
 def default_address(config: ClusterConfig) -> str | None:
     """The address of the cluster to join; None to start a local one."""
@@ -38,10 +51,7 @@ def connect(
         num_cpus = config.min_workers * config.cpus_per_worker
     if num_gpus is None:
         num_gpus = config.min_workers * config.gpus_per_worker
-    # libgomp's threads spin at barriers: with more of them than cores a step takes 20 times as long
-    # and Ray Train's barriers would wait for ever
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "3600"}
-    for name, value in environment.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 
@@ -61,7 +71,7 @@ def connect(
                 address=address,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env={"env_vars": environment},
+                runtime_env={"env_vars": ENVIRONMENT},
             )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = "a local Ray" if address is None else f"the Ray cluster at {address}"

@@ -341,7 +341,7 @@ def _run_stage(
     outcome, note = "failed", ""
     try:
         lock = storage.join(stage.folder, ".lock")
-        with storage.exclusive(lock, lambda pid: _say_who(bar, pid)):
+        with storage.exclusive(lock, lambda holder: _say_who(bar, holder)):
             there = storage.read_manifest(stage.folder)
             if there is not None and not stage.outdated:
                 outcome = "made by another run"
@@ -369,8 +369,8 @@ def _run_stage(
     return StageResult(name, outcome, seconds)
 
 
-def _say_who(bar: Any, pid: str) -> None:
-    bar.update(0, f"waits for process {pid}, which is making the same output")
+def _say_who(bar: Any, holder: str) -> None:
+    bar.update(0, f"waits for {holder}, which is making the same output")
 
 
 def _stage_function(plan: Plan, name: str) -> Callable[[StageContext], Outcome]:

@@ -10,7 +10,10 @@ from typing import Any
 from moto.server import ThreadedMotoServer
 
 Fault = Callable[[int, str, str], str]
-"""(number of the request from 0, method, path) -> "", "500", "503", "403", "slow" or "cut"."""
+"""(number of the request from 0, method, path) -> "", "500", "503", "403", "slow", "cut" or "lost".
+
+A lost answer is a 500 to a request that was done.
+"""
 
 
 class S3:
@@ -86,6 +89,8 @@ class Unreliable:
                 reply = connection.getresponse()
                 data = reply.read()
                 connection.close()
+                if wrong == "lost":
+                    return self._answer(500, {}, b"")
                 self._answer(reply.status, dict(reply.getheaders()), data, cut=wrong == "cut")
 
             def _answer(

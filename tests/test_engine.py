@@ -166,12 +166,13 @@ def test_a_learned_variance_lies_between_the_posterior_s_and_beta() -> None:
 
 
 def test_exactness_is_of_bits_and_not_only_of_rounded_pixels(model: Model) -> None:
-    """The network's output for a row, in its padded batch, among zeros and among others."""
+    """The network's output for a row, in its padded batch, alone and among others."""
     engine = Engine(model)
     requests = crowd()[:6]
     for request in requests:
         engine.add(request)
-    x, rows, labels = engine._state[:6, X], engine._tables[:6, 0], engine._labels[:6]
+    x = engine._state[:6, X]
+    rows, labels = (torch.from_numpy(of) for of in (engine._tables[:6, 0], engine._labels[:6]))
     together, _ = engine.x_0(labels, x, rows)
     for i in range(6):
         alone, _ = engine.x_0(labels[i : i + 1], x[i : i + 1], rows[i : i + 1])

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 
 LEVELS = [
-    {"errors", "seeding", "storage"},
+    {"errors", "seeding", "lease", "storage"},
     {"diffusion", "networks", "data"},
     {"samplers", "training"},
     {"evaluation", "registry", "serving"},
@@ -18,6 +18,7 @@ LEVELS = [
 ]
 WITHIN_A_LEVEL = {
     ("storage", "errors"),
+    ("storage", "lease"),
     ("registry", "serving"),  # the pyfunc flavour draws with the engine
 }
 CORE = {"diffusion", "networks", "samplers"}

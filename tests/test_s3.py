@@ -4,6 +4,11 @@ import contextlib
 import io
 import itertools
 import json
+import socket
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import storage
+from pipeline import lease, storage
 from pipeline.data.batches import Batches, prefetch
 from pipeline.data.input_shards import cut, read
 from pipeline.data.parts import Part, read_parts
@@ -21,7 +26,7 @@ from pipeline.data.sources import DataConfig, scan
 from pipeline.data.windows import WindowedShuffle
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import FileEntry, Manifest
-from tests.conftest import Workplace, tiny_command
+from tests.conftest import ENVIRONMENT, Workplace, tiny_command
 
 pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
 
@@ -272,3 +277,89 @@ def test_a_server_that_goes_away_ends_the_stage_with_a_sentence_and_nothing_lost
     again = {path for method, path, _ in proxy.requests if method == "PUT" and "/parts/" in path}
     assert not [name for name in before if any(path.endswith(name) for path in again)]
     assert manifest_in(f"s3://bucket/lost/preprocess/{folder}")["stats"]["num_images"]
+
+
+# --- a lock in a bucket ---------------------------------------------------------------------------
+
+
+def holder_of(lock: str, s3: S3) -> subprocess.Popen[str]:
+    """A process that holds a lock, once it is known to."""
+    code = (
+        "import time; from pipeline import storage\n"
+        f"with storage.exclusive({lock!r}): print('in', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**ENVIRONMENT, **s3.environment()},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "in\n"
+    return process
+
+
+def test_a_lock_in_a_bucket_is_waited_for_and_taken_from_a_process_that_was_killed(
+    s3: S3, here: pytest.MonkeyPatch
+) -> None:
+    lock, seen = "s3://bucket/locks/killed", list[str]()
+    with holder_of(lock, s3) as holder:
+
+        def waiting(who: str) -> None:
+            seen.append(who)
+            holder.kill()
+            holder.wait()
+
+        begin = time.monotonic()
+        with storage.exclusive(lock, waiting):
+            # not after lease.LEASE_SECONDS: it is known to be dead
+            assert time.monotonic() - begin < lease.LEASE_SECONDS / 2
+    assert seen == [f"process {holder.pid} on {socket.gethostname()}"]
+    with storage.exclusive(lock, seen.append):
+        pass
+    assert len(seen) == 1, "a lock that was given back is not waited for"
+
+
+def test_a_lock_of_another_machine_is_taken_when_nobody_has_written_it_for_long(
+    s3: S3, here: pytest.MonkeyPatch
+) -> None:
+    lock = "s3://bucket/locks/elsewhere"
+    here.setattr(lease, "POLL_SECONDS", 0.05)
+    here.setattr(lease, "LEASE_SECONDS", 1.0)
+    with holder_of(lock, s3) as holder:
+        here.setattr(lease, "_machine", lambda: "another")
+        holder.kill()
+        holder.wait()
+        begin = time.monotonic()
+        with storage.exclusive(lock):
+            assert time.monotonic() - begin >= 1
+
+
+def test_a_lock_in_a_bucket_is_held_by_one_however_long_and_whatever_the_server_does(
+    s3: S3, here: pytest.MonkeyPatch
+) -> None:
+    here.setattr(lease, "RENEW_SECONDS", 0.05)
+    here.setattr(lease, "POLL_SECONDS", 0.02)
+    here.setattr(lease, "LEASE_SECONDS", 0.6)
+    proxy = through(here, s3, lambda i, *_: ("", "lost", "", "500", "503")[i % 5])
+    inside, most, rounds = 0, 0, list[int]()
+
+    def take_turns(number: int) -> None:
+        nonlocal inside, most
+        for _ in range(3):
+            with storage.exclusive("s3://bucket/locks/busy"):
+                inside += 1
+                most = max(most, inside)
+                time.sleep(1.5)  # longer than a lease: it is renewed
+                inside -= 1
+                rounds.append(number)
+
+    threads = [threading.Thread(target=take_turns, args=[i]) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    proxy.close()
+    assert sorted(rounds) == [0, 0, 0, 1, 1, 1]
+    assert most == 1
+    assert "lost" in {wrong for method, _, wrong in proxy.requests if method == "PUT"}

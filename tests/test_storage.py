@@ -147,14 +147,14 @@ def test_a_second_holder_waits_for_the_first_and_gets_in_when_it_is_killed(tmp_p
         assert holder.stdout.readline() == "in\n"
         seen: list[str] = []
 
-        def waiting(pid: str) -> None:
-            seen.append(pid)
+        def waiting(who: str) -> None:
+            seen.append(who)
             holder.kill()
 
         begin = time.monotonic()
         with storage.exclusive(lock, waiting):
             assert time.monotonic() - begin < 30
-        assert seen == [str(holder.pid)]
+        assert seen == [f"process {holder.pid}"]
 
 
 def test_digests_depend_on_content_and_not_on_order() -> None:

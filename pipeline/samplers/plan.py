@@ -264,8 +264,11 @@ def advance(state: Tensor, x_0: Tensor, z: Tensor, rows: Tensor) -> Tensor:
     matrix = rows[:, MATRIX].reshape(-1, len(SLOTS), NUM_SOURCES)
     sources = [*state.unbind(1), x_0, z]
     following = torch.zeros_like(state)
-    for slot, source in matrix.any(0).nonzero().tolist():
-        following[:, slot] += like(matrix[:, slot, source], x_0) * sources[source]
+    entries = matrix.any(0).nonzero().tolist()
+    matrix = matrix.to(x_0.device, x_0.dtype, non_blocking=True)
+    matrix = matrix.reshape(*matrix.shape, *[1] * (x_0.ndim - 1))
+    for slot, source in entries:
+        following[:, slot] += matrix[:, slot, source] * sources[source]
     return following
 
 

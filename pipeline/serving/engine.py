@@ -5,7 +5,7 @@ whatever their sampler, number of steps, guidance or position, into one batch; i
 between calls. A guided image is two rows, ε(c) and ε(∅).
 
 In `exact` mode the pixels of an image depend on its recipe alone (promise P3): its noise is
-addressed by (seed, index, step), and every network call has one fixed shape, padded with zeros, on
+addressed by (seed, index, step), and every network call has one fixed shape, padded if need be, on
 one thread, since the kernels that torch picks for another batch size or thread count round
 differently. In `fast` mode a call has as many rows as there are, and the network may be compiled,
 for calls of a few sizes.
@@ -173,7 +173,7 @@ class Engine:
         self._requests[place] = request
         self._ids[place] = caller.id
         self._labels[place] = self.label_of(request.label)
-        self._tables[place, : len(table)] = table
+        self._tables[place, : len(table)] = table.numpy()
         self._state[place] = start(normal([_noise_key(request, 0)], self.model.spec.image_shape))[0]
         if frames:
             self._frames_at[place] = evenly(len(table), frames)
@@ -191,6 +191,7 @@ class Engine:
         )
         return ticket
 
+    @torch.inference_mode()
     def step(self) -> Step:
         """One network call."""
         places = turns.choose(self._book, self.rows, self.num_calls, self.rows // 2)
@@ -199,47 +200,41 @@ class Engine:
         self._last_call = self._book["ticket"][places]
         positions = self._book["position"][places]
         at = torch.from_numpy(places)
-        rows = self._tables[at, torch.from_numpy(positions)]  # (n, NUM_COLUMNS)
-        state = self._state[at]  # (n, 5, C, H, W)
-        x_0, fraction = self.x_0(self._labels[at], state[:, X], rows)
+        rows = torch.from_numpy(self._tables[places, positions])  # (n, NUM_COLUMNS)
+        labels = torch.from_numpy(self._labels[places])
+        state = self._state.index_select(0, at)  # (n, 5, C, H, W)
+        x_0, fraction = self.x_0(labels, state[:, X], rows)
         x_0 = threshold(x_0, rows)
         z = torch.zeros_like(x_0)
-        noisy = needs_noise(rows)
-        if noisy.any():
-            keys = [
-                _noise_key(self._requests[places[i]], int(positions[i]) + 1)
-                for i in noisy.nonzero().flatten().tolist()
-            ]
+        if noisy := needs_noise(rows).nonzero().flatten().tolist():
+            keys = [_noise_key(self._requests[places[i]], int(positions[i]) + 1) for i in noisy]
             z[noisy] = normal(keys, self.model.spec.image_shape)
         state = advance(state, x_0, scaled_noise(z, fraction, rows), rows)
-        self._state[at] = state
+        self._state.index_copy_(0, at, state)
         return self._move_on(places, state[:, X], x_0)
 
     def _move_on(self, places: np.ndarray, x_t: Tensor, x_0: Tensor) -> Step:
         """Note that images have had an evaluation, and part with those that are done."""
-        book = self._book[places]
-        book["position"] += 1
-        book["remaining"] -= book["rows"]
-        is_done = book["position"] == book["length"]
-        following = np.where(is_done, 0, book["position"])
-        w = self._tables[torch.from_numpy(places), torch.from_numpy(following), GUIDANCE]
-        book["rows"] = 1 + (w != 0).numpy()
-        book["in_hand"] = ~is_done
-        self._book[places] = book
+        book = self._book
+        positions = book["position"][places] + 1
+        goes_on = positions < book["length"][places]
+        book["position"][places] = positions
+        book["remaining"][places] -= book["rows"][places]
+        going = places[goes_on]
+        book["rows"][going] = 1 + (self._tables[going, positions[goes_on], GUIDANCE] != 0)
 
         frames = []
         for i, place in enumerate(places.tolist() if self._frames_at else []):
-            position = int(book["position"][i])
-            if position in self._frames_at.get(place, ()):
-                ticket, length = int(book["ticket"][i]), int(book["length"][i])
+            if positions[i] in self._frames_at.get(place, ()):
+                ticket, position, length = book[["ticket", "position", "length"]][place].item()
                 frames.append(Frame(ticket, position, length, x_t[i], x_0[i]))
-        done = np.flatnonzero(is_done)
+        done = np.flatnonzero(~goes_on)
         if not len(done):
             return Step([], frames)
         for place in places[done].tolist():
             self._forget(place)
-        pixels = to_uint8(x_t[torch.from_numpy(done)])
-        return Step(list(zip(book["ticket"][done].tolist(), pixels, strict=True)), frames)
+        tickets = book["ticket"][places[done]].tolist()
+        return Step(list(zip(tickets, to_uint8(x_t[done.tolist()]), strict=True)), frames)
 
     def warm_up(self) -> float:
         """Let torch set up, or compile, calls of each size; returns the rows/s of the largest."""
@@ -273,7 +268,7 @@ class Engine:
         places = np.flatnonzero(self._book["in_hand"])
         book = self._book[places]
         positions = np.ascontiguousarray(book["position"])
-        t = self._tables[torch.from_numpy(places), torch.from_numpy(positions), T]
+        t = self._tables[places, positions, T]
         in_call = np.isin(book["ticket"], self._last_call)
         images = []
         for i in np.lexsort((book["ticket"], ~in_call)).tolist():
@@ -304,8 +299,8 @@ class Engine:
     def _clear(self) -> None:
         self._book = turns.new_book(0)
         self._state = torch.empty(0, len(SLOTS), *self.model.spec.image_shape)
-        self._tables = torch.empty(0, 0, NUM_COLUMNS, dtype=torch.float64)
-        self._labels = torch.empty(0, dtype=torch.int64)
+        self._tables = np.empty((0, 0, NUM_COLUMNS))
+        self._labels = np.empty(0, dtype=np.int64)
         self._requests: list[ImageRequest | None] = []
         self._ids: list[str | None] = []
         self._last_call = np.empty(0, dtype=np.int64)
@@ -321,8 +316,8 @@ class Engine:
         if more or wider:
             self._book = np.concatenate([self._book, turns.new_book(more)])
             self._state = F.pad(self._state, (0, 0) * 4 + (0, more))
-            self._tables = F.pad(self._tables, (0, 0, 0, wider, 0, more))
-            self._labels = F.pad(self._labels, (0, more))
+            self._tables = np.pad(self._tables, [(0, more), (0, wider), (0, 0)])
+            self._labels = np.pad(self._labels, [(0, more)])
             self._requests += [None] * more
             self._ids += [None] * more
         return int(free[0]) if len(free) else len(self._book) - more
@@ -345,30 +340,32 @@ class Engine:
         `label_of`. Guided images count twice, and there are at most `rows`.
         """
         n = len(labels)
-        w = rows[:, GUIDANCE]
-        is_guided = w != 0
-        num_rows = n + int(is_guided.sum())
-        padding = next((size for size in self.sizes if size >= num_rows), num_rows) - num_rows
-        x_rows = torch.cat([x, x[is_guided], x.new_zeros(padding, *x.shape[1:])])
-        t, alpha_bar = (
-            torch.cat([column, column[is_guided], column[:1].expand(padding)])
-            for column in (rows[:, T], rows[:, ALPHA_BAR])
-        )
-        label_rows = F.pad(labels, (0, num_rows - n + padding), value=self.label_of(None))
+        steered = np.flatnonzero(rows[:, GUIDANCE].numpy())
+        num_rows = n + len(steered)
+        size = next((size for size in self.sizes if size >= num_rows), num_rows)
+        x_rows, plan_rows = x, rows
+        if size > n:  # padding repeats an image: what is beside a row does not change it
+            padding = np.zeros(size - num_rows, dtype=np.int64)
+            take = torch.from_numpy(np.concatenate([np.arange(n), steered, padding]))
+            x_rows, plan_rows = x.index_select(0, take), rows.index_select(0, take)
+            labels = F.pad(labels, (0, size - n), value=self.label_of(None))
 
         with self._kernels():
-            output, fraction = self.model.output(x_rows.to(self.device), t, alpha_bar, label_rows)
+            output, fraction = self.model.output(
+                x_rows.to(self.device), plan_rows[:, T], plan_rows[:, ALPHA_BAR], labels
+            )
         self.num_calls += 1
         self.num_useful_rows += num_rows
         output = output.cpu()
-        out, out_null = output[:n], output[n:num_rows]
-        if is_guided.any():
+        out = output[:n]
+        if len(steered):
+            at = torch.from_numpy(steered)
             out = out.clone()
-            steered = guided(out[is_guided], out_null, w[is_guided])
-            phi = rows[is_guided, RESCALE]
+            of_label, w, phi = out[at], rows[at, GUIDANCE], rows[at, RESCALE]
+            out_guided = guided(of_label, output[n:num_rows], w)
             if phi.any():
-                steered = rescaled(steered, out[is_guided], phi)
-            out[is_guided] = steered
+                out_guided = rescaled(out_guided, of_label, phi)
+            out[at] = out_guided
         x_0 = self.model.x_0(out, x, rows[:, ALPHA_BAR])
         return x_0, None if fraction is None else fraction[:n].cpu()
 

@@ -50,9 +50,9 @@ def choose(book: Book, rows: int, call: int, share: int) -> np.ndarray:
     places = np.flatnonzero(book["in_hand"])
     if not len(places):
         return places
-    images = book[places]
-    need = images["rows"]
+    need = book["rows"][places]
     if need.sum() > rows:
+        images = book[places]
         _, request = np.unique(images["request"], return_inverse=True)
         work = np.bincount(request, weights=images["remaining"])
         lateness = work[request] - (call - images["came"])
@@ -69,9 +69,10 @@ def choose(book: Book, rows: int, call: int, share: int) -> np.ndarray:
 def _running_sums(whose: np.ndarray, need: np.ndarray) -> np.ndarray:
     """The rows of each owner up to and with each image, in the order they stand in."""
     by_owner = np.argsort(whose, kind="stable")
-    sums = np.cumsum(need[by_owner])
-    first = np.r_[True, np.diff(whose[by_owner]) != 0]
-    before = np.where(first, sums - need[by_owner], 0)
+    owners, need = whose[by_owner], need[by_owner]
+    sums = np.cumsum(need)
+    before = sums - need
+    before[1:][owners[1:] == owners[:-1]] = 0
     result = np.empty_like(sums)
     result[by_owner] = sums - np.maximum.accumulate(before)
     return result
@@ -79,9 +80,8 @@ def _running_sums(whose: np.ndarray, need: np.ndarray) -> np.ndarray:
 
 def _that_fit(need: np.ndarray, rows: int) -> np.ndarray:
     """The first that fit, of one row or two each; the last row goes to the next that takes one."""
-    fits = np.cumsum(need) <= rows
-    chosen = np.flatnonzero(fits)
-    if need[chosen].sum() < rows:
-        single = np.flatnonzero(~fits & (need == 1))
-        chosen = np.r_[chosen, single[:1]]
-    return chosen
+    sums = np.cumsum(need)
+    fits = sums <= rows
+    if rows not in sums:
+        fits[np.flatnonzero(~fits & (need == 1))[:1]] = True
+    return np.flatnonzero(fits)

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
@@ -35,6 +34,7 @@ from pipeline.samplers.model import Model, ModelSpec, build_model, make_plan
 from pipeline.samplers.plan import SamplingConfig, run_plan
 from pipeline.seeding import key, normal
 from pipeline.serving.engine import Engine, ImageRequest, Mode
+from tests.benchmarks.as_worker import as_worker
 
 CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -49,6 +49,7 @@ ALONE = SamplingConfig(steps=50)
 
 
 def main() -> None:
+    as_worker()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few calls")
     parser.add_argument("--config", default=str(CONFIG))

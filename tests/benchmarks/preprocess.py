@@ -52,7 +52,6 @@ from threading import Barrier
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import psutil
@@ -68,6 +67,7 @@ from pipeline.data.listing import list_files
 from pipeline.data.pieces import Piece, look, pieces_of
 from pipeline.data.preprocess import preprocess_shard
 from pipeline.data.sources import DataConfig, Source, scan
+from tests.benchmarks.as_worker import as_worker
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
 TARGET, WORKERS = 64, 2
@@ -83,6 +83,7 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def main() -> None:
+    as_worker()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few images, one repeat")
     parser.add_argument("--scale", action="store_true", help="time and memory over the images")

@@ -40,7 +40,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; workers have it too
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import psutil
 import torch
@@ -54,6 +53,7 @@ from pipeline.diffusion.schedules import make_schedule
 from pipeline.training import checkpoint
 from pipeline.training.inputs import step_inputs
 from pipeline.training.loop import make_state, train
+from tests.benchmarks.as_worker import as_worker
 from tests.benchmarks.preprocess import result, started_ray
 
 CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
@@ -67,6 +67,7 @@ GOAL_RAY, GOAL_TWO, GOAL_CHECKPOINTS = 0.98, 1.8, 0.98
 
 
 def main() -> None:
+    as_worker()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small batches, few steps, one repeat")
     parser.add_argument("--bare", nargs="+", help=argparse.SUPPRESS)

@@ -28,8 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -46,6 +44,7 @@ from pipeline.samplers.model import SOLVERS, Model, check_sampling, make_plan
 from pipeline.samplers.plan import SamplingConfig
 from pipeline.serving.engine import Engine, ImageRequest
 from pipeline.training.checkpoint import checkpoint_name
+from tests.benchmarks.as_worker import as_worker
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ancestral": {"sampler": "ancestral"},
@@ -106,6 +105,7 @@ def uncertainty(spread: np.ndarray, num_seeds: int) -> float:
 
 
 def main() -> None:
+    as_worker()
     options = parse()
     torch.set_num_threads(options.threads)
     try:

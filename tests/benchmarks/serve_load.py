@@ -47,7 +47,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; Ray's workers have it too
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["MLFLOW_CONFIGURE_LOGGING"] = "false"
 
 import aiohttp  # Ray's dashboard needs it: it is there
@@ -65,6 +64,7 @@ from pipeline.samplers.plan import SamplingConfig, run_plan
 from pipeline.seeding import key, normal
 from pipeline.serving.api import ServingConfig
 from pipeline.serving.engine import EXACT_ROWS
+from tests.benchmarks.as_worker import as_worker
 from tests.benchmarks.engine import CONFIG, Mix, bare, parameters, untrained
 
 STEPS, QUICK_STEPS = (10, 20, 50, 250), (2, 4, 10, 50)
@@ -94,6 +94,7 @@ QUICK = Size(QUICK_STEPS, QUICK_SIZES, 1, 5.0, 2.0, 2, 10, 2)
 
 
 def main() -> None:
+    as_worker()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps, requests and rounds")
     parser.add_argument("--batch", type=int, default=BATCH, help="requests in a peer's batch")

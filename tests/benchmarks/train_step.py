@@ -43,8 +43,6 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -59,6 +57,7 @@ from pipeline.networks.unet import DoublingConv2d, UNet, UNetConfig, double
 from pipeline.training.config import TrainingConfig
 from pipeline.training.inputs import draw_inputs
 from pipeline.training.loop import make_state, train
+from tests.benchmarks.as_worker import as_worker
 
 CPU = torch.device("cpu")
 NUM_IMAGES = 2048
@@ -95,6 +94,7 @@ Step = Callable[[], Any]
 
 
 def main() -> None:
+    as_worker()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few steps")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
