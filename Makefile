@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser-test,dev,diffusers,efficientnet,http-test,interop,onnx,s3-test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser-test,dev,diffusers,efficientnet,http-test,interop,mlflow-server,onnx,s3-test]'
 	@# aside: torchmetrics takes it where it finds it, and it needs torchvision
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/oracles torch-fidelity==0.4.0
 	@touch $@

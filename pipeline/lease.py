@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.bucket_errors import code_of
+
 RENEW_SECONDS = 5.0
 LEASE_SECONDS = 30.0
 POLL_SECONDS = 1.0
@@ -120,18 +122,12 @@ class _Lease:
                 "put_object", **self._object, Body=writing.encode(), Metadata=said, **condition
             )
         except OSError as error:
-            if _code(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
+            if code_of(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
                 raise
             # where its answer was lost, a request is sent again, and finds what it did itself
             seen = self._look()
             return seen.etag if seen is not None and seen.writing == writing else None
         return str(found["ETag"])
-
-
-def _code(error: OSError) -> str:
-    """S3's word for what went wrong, which s3fs keeps as the cause of its own error."""
-    response = getattr(error.__cause__, "response", {})
-    return str(response.get("Error", {}).get("Code", ""))
 
 
 def _me() -> str:

@@ -24,7 +24,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel
 
-from pipeline import lease
+from pipeline import bucket_errors, lease
 from pipeline.errors import StorageError
 
 MANIFEST = "manifest.json"
@@ -338,6 +338,7 @@ def _explained(verb: str, uri: str, remedy: str = REMEDY) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
+        _raise_told(error, verb, uri, remedy)
         if verb == "read":
             raise
         raise StorageError(
@@ -348,6 +349,7 @@ def _explained(verb: str, uri: str, remedy: str = REMEDY) -> Iterator[None]:
             f"cannot {verb} {uri}: a part of the path is a file, not a folder; {remedy}"
         ) from error
     except OSError as error:
+        _raise_told(error, verb, uri, remedy)
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             why = "it is read-only" if error.errno == errno.EROFS else "permission denied"
             raise StorageError(
@@ -363,4 +365,10 @@ def _explained(verb: str, uri: str, remedy: str = REMEDY) -> Iterator[None]:
     except StorageError:
         raise
     except Exception as error:  # such as botocore's NoCredentialsError
+        _raise_told(error, verb, uri, remedy)
         raise StorageError(f"cannot {verb} {uri}: {error}") from error
+
+
+def _raise_told(error: Exception, verb: str, uri: str, remedy: str) -> None:
+    if sentence := bucket_errors.told(error, remedy):
+        raise StorageError(f"cannot {verb} {uri}: {sentence}") from error

@@ -100,10 +100,10 @@ class Workplace:
         return json.loads(path.read_text())
 
 
-def tiny_command(verb: str, *overrides: str) -> list[str]:
+def tiny_command(verb: str, *overrides: str, config: str = "digits") -> list[str]:
     """`ddpm VERB configs/digits.yaml` with the small values and others on top."""
     sets = [word for value in [*TINY, *overrides] for word in ("--set", value)]
-    return [verb, str(ROOT / "configs" / "digits.yaml"), *sets]
+    return [verb, str(ROOT / "configs" / f"{config}.yaml"), *sets]
 
 
 def end(process: subprocess.Popen[str]) -> None:

@@ -10,10 +10,21 @@ from typing import Any
 from moto.server import ThreadedMotoServer
 
 Fault = Callable[[int, str, str], str]
-"""(number of the request from 0, method, path) -> "", "500", "503", "403", "slow", "cut" or "lost".
+"""(number of the request from 0, method, path) -> "", a key of REFUSALS, "slow", "cut" or "lost".
 
 A lost answer is a 500 to a request that was done.
 """
+
+REFUSALS = {
+    "500": (500, "InternalError"),
+    "503": (503, "SlowDown"),
+    "403": (403, "AccessDenied"),
+    "expired": (400, "ExpiredToken"),
+    "skewed": (403, "RequestTimeTooSkewed"),
+    "unknown key": (403, "InvalidAccessKeyId"),
+    "wrong key": (403, "SignatureDoesNotMatch"),
+}
+"""Status and code."""
 
 
 class S3:
@@ -78,10 +89,10 @@ class Unreliable:
                 with lock:
                     wrong = fault(len(proxy.requests), self.command, self.path)
                     proxy.requests.append((self.command, self.path, wrong))
-                if wrong in ("500", "503", "403"):
-                    code = {"500": "InternalError", "503": "SlowDown", "403": "AccessDenied"}
-                    text = f"<Error><Code>{code[wrong]}</Code><Message>so it is</Message></Error>"
-                    return self._answer(int(wrong), {}, text.encode())
+                if wrong in REFUSALS:
+                    status, code = REFUSALS[wrong]
+                    text = f"<Error><Code>{code}</Code><Message>so it is</Message></Error>"
+                    return self._answer(status, {}, text.encode())
                 if wrong == "slow":
                     time.sleep(0.5)
                 connection = http.client.HTTPConnection("127.0.0.1", server.port)

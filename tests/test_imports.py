@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 
 LEVELS = [
-    {"errors", "seeding", "lease", "storage"},
+    {"errors", "seeding", "bucket_errors", "lease", "storage"},
     {"diffusion", "networks", "data"},
     {"samplers", "training"},
     {"evaluation", "registry", "serving"},
@@ -19,6 +19,8 @@ LEVELS = [
 WITHIN_A_LEVEL = {
     ("storage", "errors"),
     ("storage", "lease"),
+    ("storage", "bucket_errors"),
+    ("lease", "bucket_errors"),
     ("registry", "serving"),  # the pyfunc flavour draws with the engine
 }
 CORE = {"diffusion", "networks", "samplers"}

@@ -7,12 +7,10 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import tarfile
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +34,7 @@ from tasks import averages
 from tasks.preprocess import check_bad_share
 from tasks.previews import Wanted, preview
 from tests.conftest import ROOT, Workplace, end, ray_workers, tiny_command, wait_for
+from tests.servers import free_port, mlflow_server
 
 pytestmark = pytest.mark.ray
 
@@ -516,38 +515,11 @@ def test_a_batch_larger_than_the_data_is_refused(tiny: Workplace, tmp_path: Path
     assert "error: training.batch_size=4096 is more than the 15" in output.splitlines()[-1]
 
 
-@contextlib.contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator["subprocess.Popen[bytes]"]:
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    places = ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
-    places += ["--artifacts-destination", str(folder / "artifacts")]
-    log = (folder / "server.log").open("ab")
-    process = subprocess.Popen([*command, *places], stdout=log, stderr=log, cwd=folder)
-    try:
-        wait_for(lambda: answers(port), 120, "the MLflow server")
-        yield process
-    finally:
-        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-            child.kill()
-        process.wait()
-        log.close()
-
-
-def answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-            return True
-    except OSError:
-        return False
-
-
 def test_training_goes_on_while_mlflow_is_away_and_nothing_is_lost(
     tiny: Workplace, tmp_path: Path
 ) -> None:
     place = place_with_shards(tiny, tmp_path / "place")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     uri = f"http://127.0.0.1:{port}"
     quickly = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
     # all checkpoints stay, so that none is gone before its preview is made

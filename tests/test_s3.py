@@ -173,6 +173,71 @@ def test_what_s3_refuses_or_never_answers_is_one_sentence(s3: S3, here: pytest.M
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("expired", "the credentials have expired; renew the AWS_* variables and run the same"),
+        ("skewed", "this machine's clock and the server's are too far apart; set the clock"),
+        ("unknown key", "the server does not know the key in AWS_ACCESS_KEY_ID; set"),
+        ("wrong key", "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID; set both"),
+    ],
+)
+def test_why_a_server_refuses_and_what_helps_is_told(
+    s3: S3, here: pytest.MonkeyPatch, fault: str, sentence: str
+) -> None:
+    proxy = through(here, s3, lambda *_: fault)
+    for verb, refused in (
+        ("write to", lambda: storage.write_bytes("s3://bucket/x", b"")),
+        ("read", lambda: storage.read_bytes("s3://bucket/x")),
+    ):
+        with pytest.raises(StorageError) as told:
+            refused()
+        assert str(told.value).startswith(f"cannot {verb} s3://bucket/x: {sentence}")
+    proxy.close()
+
+
+def test_a_bucket_that_is_not_there_and_credentials_that_are_not_are_told(
+    s3: S3, here: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    for call in (storage.read_bytes, lambda uri: storage.write_bytes(uri, b"")):
+        with pytest.raises(StorageError, match="there is no such bucket; make it, choose another"):
+            call("s3://nowhere/x")
+    for name, sentence in (
+        ("AWS_SECRET_ACCESS_KEY", "one is missing; set both, on every node"),
+        ("AWS_ACCESS_KEY_ID", "there are no credentials; set AWS_ACCESS_KEY_ID and"),
+    ):
+        here.delenv(name)
+        s3fs.S3FileSystem.clear_instance_cache()
+        with pytest.raises(StorageError, match=sentence):
+            storage.write_bytes("s3://bucket/x", b"")
+
+
+def test_credentials_that_expire_end_a_stage_with_a_sentence_and_new_ones_go_on(
+    s3: S3, here: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def expire(_: int, method: str, path: str) -> str:
+        done = sum("/parts/" in path and method == "PUT" for method, path, _ in proxy.requests)
+        return "expired" if done >= 3 else ""
+
+    proxy = Unreliable(s3, expire)
+    place = Workplace(tmp_path)
+    sets = [*SMALL, "data.source=s3://bucket/photos", "storage=s3://bucket/expired"]
+    command = tiny_command("preprocess", *sets)
+    output = place.ddpm(*command, code=2, **s3.environment(proxy.endpoint))
+    proxy.close()
+    assert "the credentials have expired; renew the AWS_* variables" in output.splitlines()[-1]
+    (folder,) = storage.list_names("s3://bucket/expired/preprocess")
+    made = storage.list_names(f"s3://bucket/expired/preprocess/{folder}/parts")
+    proxy = Unreliable(s3, lambda *_: "")
+    place.ddpm(*command, **s3.environment(proxy.endpoint))
+    proxy.close()
+    again = {path for method, path, _ in proxy.requests if method == "PUT" and "/parts/" in path}
+    assert len(made) >= 3
+    assert not [name for name in made if any(path.endswith(name) for path in again)]
+
+
 def write_shard_set(folder: str, copy: str) -> None:
     """A ShardSet of the photos in the bucket, made as the stage makes it, and a copy."""
     config = DataConfig(source="s3://bucket/photos", image_size=8, channels=3, images_per_shard=16)

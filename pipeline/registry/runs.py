@@ -109,12 +109,7 @@ class TrackedRun:
         self.uri = uri
         self.client = make_client(uri)
         with in_turn(uri), explained(uri):
-            found = self.client.get_experiment_by_name(experiment)
-            experiment_id = (
-                found.experiment_id
-                if found
-                else self.client.create_experiment(experiment, artifact_location(uri))
-            )
+            experiment_id = self._experiment(experiment)
             runs = self.client.search_runs(
                 [experiment_id], f"tags.`{TRAIN_ID}` = '{train_id}'", max_results=1
             )
@@ -134,6 +129,20 @@ class TrackedRun:
                 self.client.log_batch(self.run_id, params=entries)
         self._last_step: dict[str, int] = {}
         self._image_steps: dict[str, set[int]] = {}
+
+    def _experiment(self, name: str) -> str:
+        """The id of an experiment, which another process may be creating, too."""
+        from mlflow.exceptions import MlflowException
+
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self.client.create_experiment(name, artifact_location(self.uri)))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            found = self.client.get_experiment_by_name(name)
+        return str(found.experiment_id)
 
     def log_history(self, records: list[dict[str, float]]) -> None:
         """Add records {step, name: value, ...}; what is there already is left as it is."""

@@ -10,19 +10,19 @@ from pipeline.storage import sha256
 
 
 def index(place: Place, name: str) -> Iterator[Member]:
-    pixels, labels = _digits()
+    pixels, labels = all_digits()
     for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
         yield Member(f"{i:04d}", str(label), sha256(image.tobytes()), (i,))
 
 
 def read(place: Place, name: str, wheres: list[tuple[int, ...]]) -> Iterator[np.ndarray]:
-    pixels, _ = _digits()
+    pixels, _ = all_digits()
     for (i,) in wheres:
         yield pixels[i]
 
 
 @functools.cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
+def all_digits() -> tuple[np.ndarray, np.ndarray]:
     """(N, 8, 8, 1) uint8, (N,)."""
     from sklearn.datasets import load_digits
 
