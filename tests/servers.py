@@ -48,7 +48,7 @@ def mlflow_server(
     artifacts: str | None = None,
     **environment: str,
 ) -> Iterator[None]:
-    """MLflow's server, which ends as if it were killed.
+    """MLflow's server, which answers to 127.0.0.1 only and ends as if it were killed.
 
     Args:
         folder: for its log, and for what has no other place.
@@ -58,6 +58,7 @@ def mlflow_server(
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", store or f"sqlite:///{folder}/server.db"]
     command += ["--artifacts-destination", artifacts or str(folder / "artifacts")]
+    command += ["--allowed-hosts", f"127.0.0.1:{port}"]
     with (folder / "server.log").open("ab") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=log, cwd=folder, env={**os.environ, **environment}

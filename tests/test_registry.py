@@ -509,10 +509,10 @@ def test_an_alias_that_points_nowhere_is_named(
 def test_a_server_that_is_away_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(
-        StorageError, match="MLflow at http://127.0.0.1:9 cannot be used: "
-    ) as error:
+        StorageError,
+        match="MLflow at http://127.0.0.1:9 cannot be used: nothing answers there; start",
+    ):
         resolve("digits@champion", "http://127.0.0.1:9")
-    assert "\n" not in str(error.value)
 
 
 def test_a_store_that_cannot_be_used_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from mlflow.tracking import MlflowClient
 
 from pipeline import storage
 from pipeline.data.sources import DataConfig, scan
+from pipeline.errors import StorageError
+from pipeline.registry.runs import make_client
 from tests.conftest import ENVIRONMENT, Workplace, end, tiny_command, wait_for
 
 pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
@@ -170,6 +172,14 @@ def test_several_processes_log_at_once_while_the_server_is_restarted(
                     (step, float(step)) for step in range(1, POINTS + 1)
                 ]
             assert len({client.get_run(run).info.experiment_id for run in runs}) == 1
+
+            port = elsewhere.port
+            with pytest.raises(StorageError) as refused:
+                make_client(f"http://localhost:{port}")
+            assert str(refused.value) == (
+                f"MLflow at http://localhost:{port} cannot be used: it refuses the name "
+                f"localhost:{port}; start it with --allowed-hosts localhost:{port}"
+            )
     finally:
         for process in loggers:
             end(process)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 from pydantic import BaseModel
@@ -44,7 +45,21 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise StorageError(f"MLflow at {uri} cannot be used: {first_line(error)}") from error
+        raise StorageError(f"MLflow at {uri} cannot be used: {_reason(uri, error)}") from error
+
+
+def _reason(uri: str, error: Exception) -> str:
+    """Why, and what helps where that is known."""
+    text = str(error)
+    if "Invalid Host header" in text:
+        host = urlsplit(uri).netloc
+        return f"it refuses the name {host}; start it with --allowed-hosts {host}"
+    if "NewConnectionError" in text or "NameResolutionError" in text:
+        return (
+            "nothing answers there; start it (mlflow server), or set MLFLOW_TRACKING_URI to the "
+            "server that is meant"
+        )
+    return first_line(error)
 
 
 def first_line(error: Exception) -> str:
