@@ -53,6 +53,7 @@ bench: install $(PEERS)/.installed  ## Run the benchmarks that need no model, in
 	$(BIN)/python -m tests.benchmarks.record train_step
 	$(BIN)/python -m tests.benchmarks.record train_step --profile
 	$(BIN)/python -m tests.benchmarks.record ray_overhead
+	$(BIN)/python -m tests.benchmarks.record kept_memory
 	$(BIN)/python -m tests.benchmarks.record evaluate
 	$(BIN)/python -m tests.benchmarks.record engine
 	$(BIN)/python -m tests.benchmarks.record serve_load
