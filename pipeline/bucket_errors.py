@@ -1,5 +1,7 @@
 """What a bucket's server says no with, as a reason and what helps."""
 
+from fsspec.core import url_to_fs
+
 SENTENCES = {
     "ExpiredToken": "the credentials have expired; renew the AWS_* variables and run the same "
     "command again, finished work is kept",
@@ -19,6 +21,9 @@ SENTENCES = {
 }
 
 
+HEAD_REFUSED = ("400", "403")
+
+
 def code_of(error: Exception) -> str:
     """S3's word for what went wrong, which s3fs keeps as the cause of its own error, or botocore's.
 
@@ -30,7 +35,20 @@ def code_of(error: Exception) -> str:
     return type(error).__name__
 
 
-def told(error: Exception, remedy: str) -> str | None:
+def told(error: Exception, uri: str, remedy: str) -> str | None:
     """Why, and what to do; None for what is no bucket's matter, or has no better words."""
-    sentence = SENTENCES.get(code_of(error))
+    code = code_of(error)
+    if code in HEAD_REFUSED:
+        code = _word_for(uri)
+    sentence = SENTENCES.get(code)
     return sentence and sentence.format(error=str(error).rstrip("."), remedy=remedy)
+
+
+def _word_for(uri: str) -> str:
+    """What a request is refused with whose answer has words."""
+    fs, path = url_to_fs(uri)
+    try:
+        fs.call_s3("list_objects_v2", Bucket=path.split("/")[0], MaxKeys=1)
+    except Exception as error:
+        return code_of(error)
+    return ""

@@ -370,5 +370,5 @@ def _explained(verb: str, uri: str, remedy: str = REMEDY) -> Iterator[None]:
 
 
 def _raise_told(error: Exception, verb: str, uri: str, remedy: str) -> None:
-    if sentence := bucket_errors.told(error, remedy):
+    if sentence := bucket_errors.told(error, uri, remedy):
         raise StorageError(f"cannot {verb} {uri}: {sentence}") from error

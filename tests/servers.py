@@ -122,7 +122,7 @@ def postgres() -> Iterator[str]:
         process = subprocess.Popen(server, user=user, cwd="/", stdout=log, stderr=log)
         try:
             wait_for(lambda: _listens(port), 60, "PostgreSQL")
-            yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
         finally:
             process.terminate()
             process.wait()
