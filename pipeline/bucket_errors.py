@@ -35,7 +35,7 @@ def code_of(error: Exception) -> str:
     return type(error).__name__
 
 
-def told(error: Exception, uri: str, remedy: str) -> str | None:
+def told(error: Exception, uri: str, remedy: str = "choose another") -> str | None:
     """Why, and what to do; None for what is no bucket's matter, or has no better words."""
     code = code_of(error)
     if code in HEAD_REFUSED:

@@ -102,11 +102,15 @@ def test_a_run_goes_through_while_the_bucket_stumbles_and_mlflow_is_restarted(
             assert process.returncode == 0, output
             assert {wrong for _, _, wrong in proxy.requests} == {"", *FAULTS}
             for stage in STAGES:
-                (folder,) = storage.list_names(f"{runs}/{stage}")
-                manifest = storage.read_manifest(f"{runs}/{stage}/{folder}")
-                assert manifest is not None
-                for entry in manifest.files:
-                    assert storage.entry_of(f"{runs}/{stage}/{folder}", entry.path) == entry
+                folders = [
+                    f"{runs}/{stage}/{name}" for name in storage.list_names(f"{runs}/{stage}")
+                ]
+                assert folders
+                for folder in folders:
+                    manifest = storage.read_manifest(folder)
+                    assert manifest is not None
+                    for entry in manifest.files:
+                        assert storage.entry_of(folder, entry.path) == entry
             images = scan(DataConfig(source=f"s3://bucket/{DIGITS}", image_size=8, channels=1))
             assert images.items.num_rows == 1797
 

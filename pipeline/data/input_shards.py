@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.bucket_errors import told
 from pipeline.data.formats import loose
 from pipeline.data.formats.common import Place
 from pipeline.data.pieces import format_of, runs
@@ -71,9 +72,8 @@ def read(shard: InputShard) -> Iterator[tuple[Item, bytes | np.ndarray | None]]:
         except DataError:
             raise
         except Exception as error:  # whatever the package of that scheme raises
-            raise shard.place.error(
-                row["file"], f"cannot be read: {error}; run the same command again"
-            ) from error
+            reason = told(error, shard.source) or f"{error}; run the same command again"
+            raise shard.place.error(row["file"], f"cannot be read: {reason}") from error
         if not is_same:
             raise DataError(
                 f"data.source={shard.source!r}: the image {item.key!r} changed while the source "

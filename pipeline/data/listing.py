@@ -10,6 +10,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import storage
+from pipeline.bucket_errors import told
 from pipeline.data.formats.common import Place
 from pipeline.data.shards import SHARDS
 from pipeline.errors import DataError
@@ -92,10 +93,10 @@ def list_files(source: str) -> tuple[Place, list[ListedFile]]:
         raise
     except Exception as error:  # whatever the package of that scheme raises
         one_line = " ".join(str(error).split()).rstrip(".")
-        raise DataError(
-            f"data.source={source!r} cannot be read: {one_line}; check that it can be reached, "
-            f"and your rights to it{login}"
-        ) from error
+        reason = told(error, source) or (
+            f"{one_line}; check that it can be reached, and your rights to it{login}"
+        )
+        raise DataError(f"data.source={source!r} cannot be read: {reason}") from error
     if pattern and not found:
         raise DataError(f"data.source={source!r} matches no file: mend the pattern")
     is_s3 = "s3" in schemes
