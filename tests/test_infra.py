@@ -255,7 +255,7 @@ def test_ports_that_are_let_in_are_listened_on() -> None:
         return them
 
     for it in everything:
-        spec = it["spec"] if "spec" in it else {}
+        spec = it.get("spec", {})
         if it["kind"] == "Service":
             listened = ports_of(selected(spec["selector"]))
             assert {port.get("targetPort", port["port"]) for port in spec["ports"]} <= listened
