@@ -390,7 +390,7 @@ def test_ray_builds_the_application_of_the_serve_config(
     for wrong, sentence in [
         ({"serving": {"replica": 2}}, "serving.replica 2: extra inputs are not permitted"),
         ({"models": "digits@1"}, "models\n  Extra inputs are not permitted"),
-        ({"model": "digits@99"}, "digits has no version 99"),
+        ({"model": "digits@99"}, "'digits' has no version or alias '99'"),
     ]:
         with pytest.raises(Exception, match=re.escape(sentence)):
             build_app(application, {**args, **wrong})
