@@ -11,7 +11,7 @@ import yaml
 
 from tasks.__main__ import app
 from tests.conftest import ROOT
-from tests.kustomize import built, documents
+from tests.infra import built, documents
 
 INFRA = ROOT / "infra"
 RUNBOOK = (INFRA / "RUNBOOK.md").read_text()

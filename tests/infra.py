@@ -1,12 +1,29 @@
-"""What `kubectl kustomize` builds from a folder, as far as infra/kubernetes uses it."""
+"""What infra/ has, as its tests look at it: YAML, the Dockerfile, and what kustomize builds."""
 
 import copy
+import json
+import os
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from tests.conftest import ROOT
+
 Objects = list[dict[str, Any]]
+INFRA = ROOT / "infra"
+KUBERNETES = INFRA / "kubernetes"
+SCHEMAS = Path(os.environ.get("DDPM_SCHEMAS", ROOT.parent / "shared" / "schemas"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINNED = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+)
+DOCKERFILE = (INFRA / "docker" / "Dockerfile").read_text()
 
 
 def documents(path: Path) -> list[Any]:
@@ -42,7 +59,8 @@ def built(folder: Path, before: Objects | None = None) -> Objects:
     objects = list(before or [])
     for name in description.get("resources", []):
         there = folder / name
-        objects += built(there) if there.is_dir() else documents(there)
+        # written out: YAML's aliases are one object in several places, which a patch would all change
+        objects += built(there) if there.is_dir() else list(map(_written_out, documents(there)))
     for name in description.get("components", []):
         objects = built(folder / name, objects)
     for patch in description.get("patches", []):
@@ -57,8 +75,7 @@ def built(folder: Path, before: Objects | None = None) -> Objects:
         for container in (it for every in objects for it in containers(every)):
             if container["image"] == image["name"]:
                 container["image"] = f"{image['name']}:{image['newTag']}"
-    # nothing is shared: a patch of one place must not change another
-    return [yaml.safe_load(_dump(it)) for it in objects]
+    return objects
 
 
 def containers(value: Any) -> list[dict[str, Any]]:
@@ -88,13 +105,11 @@ def pod_templates(value: Any) -> list[dict[str, Any]]:
     return found
 
 
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _dump(value: Any) -> str:
-    return yaml.dump(value, Dumper=_Dumper)
+def _written_out(value: Any) -> Any:
+    """A copy in which no two places are one object."""
+    if isinstance(value, dict):
+        return {key: _written_out(inner) for key, inner in value.items()}
+    return [_written_out(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -120,3 +135,35 @@ def _apply(target: Any, operation: dict[str, Any]) -> None:
     else:
         assert last not in target, f"{operation['path']} is there already"
     target[last] = operation["value"]
+
+
+def found(value: Any, key: str) -> list[Any]:
+    """All values of a key, however deep."""
+    if isinstance(value, list):
+        return [it for inner in value for it in found(inner, key)]
+    if not isinstance(value, dict):
+        return []
+    here = [value[key]] if key in value else []
+    return here + [it for inner in value.values() for it in found(inner, key)]
+
+
+def instructions(name: str) -> list[str]:
+    """The instructions of a kind in the Dockerfile, their lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", DOCKERFILE, flags=re.MULTILINE)
+    return re.findall(rf"^{name} (.*)$", re.sub(r"\\\n\s*", " ", text), re.MULTILINE)
+
+
+def schema(name: str) -> Any:
+    path = SCHEMAS / name
+    if not path.exists():
+        pytest.skip(f"{path} is not there: set DDPM_SCHEMAS to a folder with the published schemas")
+    return json.loads(path.read_text())
+
+
+BUILDS = sorted(
+    path.parent.relative_to(KUBERNETES).as_posix()
+    for path in KUBERNETES.rglob("kustomization.yaml")
+    if documents(path)[0]["kind"] == "Kustomization"
+)
+PIPELINES = [name for name in BUILDS if name.endswith("pipeline")]
+SERVICES = [name for name in BUILDS if name.endswith("serving")]
