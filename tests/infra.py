@@ -59,7 +59,7 @@ def built(folder: Path, before: Objects | None = None) -> Objects:
     objects = list(before or [])
     for name in description.get("resources", []):
         there = folder / name
-        # written out: YAML's aliases are one object in several places, which a patch would all change
+        # written out: YAML's aliases are one object, which a patch would change in several places
         objects += built(there) if there.is_dir() else list(map(_written_out, documents(there)))
     for name in description.get("components", []):
         objects = built(folder / name, objects)

@@ -99,6 +99,21 @@ def test_kuberay_objects_hold_to_their_schema(build: str) -> None:
         where.update(before)
 
 
+def test_pods_that_are_not_ray_s_hold_to_the_schema_of_a_pod() -> None:
+    """Which KubeRay's has in it."""
+    cluster = schema("kuberay-raycluster.json")["schema"]["properties"]["spec"]["properties"]
+    rule = cluster["headGroupSpec"]["properties"]["template"]
+    rule["properties"]["metadata"] = {}
+    platform = built(KUBERNETES / "base" / "platform")
+    templates = [t for it in platform for t in pod_templates(it)]
+    assert len(templates) == 2
+    for template in templates:
+        jsonschema.Draft202012Validator(rule).validate(with_defaults(template, rule, "pod"))
+    templates[0]["spec"]["containers"][0]["readinesProbe"] = {}
+    with pytest.raises(AssertionError, match="readinesProbe"):
+        with_defaults(templates[0], rule)
+
+
 def test_every_file_is_used_by_a_kustomization() -> None:
     used = {path.resolve() for build in BUILDS for path in files_of(KUBERNETES / build)}
     assert {path.resolve() for path in KUBERNETES.rglob("*.*")} == used
