@@ -71,14 +71,17 @@ def test_every_make_target_exists() -> None:
 
 
 def test_every_place_exists() -> None:
+    roots = {
+        "infra|configs|tests|pipeline|tasks": ROOT,
+        "docker|kubernetes|monitoring|vms": INFRA,
+        "base|components|overlays": INFRA / "kubernetes",
+    }
     for file, text in texts().items():
         here = (ROOT / file).parent
-        for place in re.findall(
-            r"(?<![\w/.-])(?:infra|configs|tests|pipeline|tasks)/[\w./-]+\w", text
-        ):
-            if file.endswith("kubernetes/kustomization.yaml") or place == "infra/.env":
-                continue
-            assert (ROOT / place).exists(), f"{file}: {place}"
+        for folders, root in roots.items():
+            for place in re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]+\w", text):
+                if place != "infra/.env":
+                    assert (root / place).exists(), f"{file}: {place}"
         for link in re.findall(r"\]\(([^)#]+)\)", text):
             assert (here / link).exists(), f"{file}: {link}"
     tree = re.findall(r"^( *)([\w./-]+)  ", README.split("```")[1], re.MULTILINE)
