@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install run test soak load lint bench serve ui clean
+.PHONY: help install run test soak load lint bench serve ui image up down clean
 
 help:            ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser-test,dev,diffusers,efficientnet,http-test,interop,mlflow-server,onnx,s3-test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser-test,dev,diffusers,efficientnet,http-test,interop,onnx,s3-test,server]'
 	@# aside: torchmetrics takes it where it finds it, and it needs torchvision
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/oracles torch-fidelity==0.4.0
 	@touch $@
@@ -63,6 +63,22 @@ serve: install   ## Serve the digits that `make run` trained
 
 ui: install      ## Open the MLflow UI on the runs of this folder
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+COMPOSE := docker compose -f infra/compose.yaml
+
+image:           ## Build the image of infra/ (ACCELERATOR=cpu TORCH_INDEX=URL for a CPU torch)
+	docker build -f infra/docker/Dockerfile -t ray-ddpm:0.1.0 --build-arg ACCELERATOR=$(or $(ACCELERATOR),cuda) --build-arg TORCH_INDEX=$(TORCH_INDEX) .
+
+up: infra/.env   ## Start a Ray cluster, MLflow, storage and monitoring in containers (WORKERS=2)
+	$(COMPOSE) up --detach --scale worker=$(or $(WORKERS),2)
+
+down:            ## End it; what it stored stays
+	$(COMPOSE) down
+
+# each name without a value gets a random one
+infra/.env:
+	@umask 077; while read -r line; do case "$$line" in \#*|'') ;; *=) echo "$$line$$(openssl rand -hex 24)";; *) echo "$$line";; esac; done < infra/.env.example > $@
+	@echo "made $@"
 
 clean:           ## Delete what runs made here: outputs, runs, models
 	rm -rf runs samples schedule.png mlruns mlflow.db mlflow.db.lock

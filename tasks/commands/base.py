@@ -72,8 +72,8 @@ def validated(model: Any, prefix: str, **values: Any) -> Any:
     """A pydantic model of options.
 
     Args:
-        prefix: `--` where each option has the name of its field; else the option, which the
-            message itself names.
+        prefix: what stands before the name of a field, as `--` and `--set ` do; or an option, of
+            which the message itself names the value.
 
     Raises:
         RequestError: a value is wrong.
@@ -86,7 +86,7 @@ def validated(model: Any, prefix: str, **values: Any) -> Any:
         problem = error.errors()[0]
         name = ".".join(map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
-        shown = name and prefix in ("--", "--set ")
+        shown = name and not prefix[-1].isalpha()
         option = f"{prefix}{name} {problem['input']}: " if shown else ""
         raise RequestError(option + message[0].lower() + message[1:], name) from error
 

@@ -1,17 +1,13 @@
 """`ddpm serve`: a registered model over HTTP."""
 
-import json
 import logging
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from pipeline.errors import ConfigError
-from tasks.commands.base import ModelArg, tracking_uri, treat_sigterm_as_ctrl_c, validated
+from tasks.commands.base import ModelArg, tracking_uri, treat_sigterm_as_ctrl_c
 from tasks.console import console, log_to_file, shown
-
-if TYPE_CHECKING:
-    from pipeline.registry.models import ModelReference
 
 
 def serve(
@@ -33,22 +29,19 @@ def serve(
 ) -> None:
     """Serve a registered model over HTTP until Ctrl-C."""
     from pipeline.config import ClusterConfig, apply_override
-    from pipeline.registry.models import resolve
-    from pipeline.serving.api import ServingConfig
-    from pipeline.serving.keys import read_keys
     from tasks import cluster
+    from tasks.deployment import Service, prepare
 
     if replicas is not None and not 1 <= replicas <= 1000:
         raise ConfigError(f"--replicas {replicas} must be from 1 to 1000")
     cluster.check_port_is_free(host, port)
-    reference = resolve(model, tracking_uri(context))
-    values = _as_registered(reference)
-    if replicas is not None:
-        values["replicas"] = replicas
+    values: dict[str, Any] = {} if replicas is None else {"replicas": replicas}
     for setting in settings or []:
         apply_override(values, setting)
-    serving: ServingConfig = validated(ServingConfig, "--set ", **values)
-    keys = read_keys(api_keys) if api_keys is not None else {}
+    service = Service(
+        model=model, tracking_uri=tracking_uri(context), api_keys=api_keys, serving=values
+    )
+    reference, serving, keys = prepare(service, "--set ")
     log = log_to_file(None)
     from tasks import serve as application
 
@@ -72,13 +65,3 @@ def serve(
         console.print(f"log      {shown(str(log))}")
         application.wait_until_interrupted()
         console.print("stopped")
-
-
-def _as_registered(model: "ModelReference") -> dict[str, Any]:
-    """How the config that made a version says to serve it."""
-    from pipeline.registry.models import SERVING_TAG, read_tag
-    from pipeline.serving.api import ServingConfig
-
-    known = ServingConfig.model_fields  # an earlier version of this project had other settings
-    tag = json.loads(read_tag(model, SERVING_TAG) or "{}")
-    return {name: value for name, value in tag.items() if name in known}
