@@ -45,10 +45,10 @@ def head() -> Iterator[Head]:
     port, gcs = free_port(), free_port()
     bin = Path(sys.executable).parent
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets want a short path
+        start = f"start --head --block --num-cpus=4 --port={gcs} --dashboard-port={port}"
+        start += f" --temp-dir={folder} --node-ip-address=127.0.0.1 --ray-client-server-port=0"
         process = subprocess.Popen(
-            [str(bin / "ray"), "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}"]
-            + [f"--dashboard-port={port}", f"--temp-dir={folder}", "--node-ip-address=127.0.0.1"]
-            + ["--ray-client-server-port=0", "--disable-usage-stats"],
+            [str(bin / "ray"), *start.split(), "--disable-usage-stats"],
             env={
                 **ENVIRONMENT,
                 "PATH": f"{bin}:{os.environ['PATH']}",
@@ -129,7 +129,8 @@ def test_a_job_outlives_its_client_and_its_driver_and_is_found_again(
     cable = Cable(head.port)
     client = place.start(*command(head.address, "--attempts", "2", "--wait"), RAY_AUTH_TOKEN=TOKEN)
     assert client.stdout is not None
-    assert (first := client.stdout.readline()).startswith("submitted digits-"), first
+    first = client.stdout.readline()
+    assert first.startswith("submitted digits-"), first
     job = first.split()[1].rstrip(";")
     client.send_signal(signal.SIGHUP)  # its terminal is lost
     client.communicate(timeout=20)
