@@ -38,6 +38,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "export": exchange.export,
     "import": exchange.import_,
     "submit": jobs.submit,
+    "jobs": jobs.list_jobs,
+    "logs": jobs.logs,
+    "cancel": jobs.cancel,
 }
 for name, function in VERBS.items():
     app.command(name)(function)

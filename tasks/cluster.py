@@ -75,9 +75,14 @@ def connect(
             )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = "a local Ray" if address is None else f"the Ray cluster at {address}"
+        reason, remedy = (
+            str(error).splitlines()[0],
+            "check cluster.address, RAY_ADDRESS and the head",
+        )
+        if reason.startswith("Version mismatch"):
+            reason, remedy = " ".join(str(error).split()), "install the same here and there"
         raise ClusterError(
-            f"cannot {'start' if address is None else 'join'} {where}: "
-            f"{str(error).splitlines()[0]}; check cluster.address, RAY_ADDRESS and the head"
+            f"cannot {'start' if address is None else 'join'} {where}: {reason}; {remedy}"
         ) from error
     try:
         there = ray.cluster_resources()

@@ -61,7 +61,7 @@ def test_help_names_every_verb(place: Workplace) -> None:
     output = place.quick("--help")
     verbs = "run preprocess train evaluate register status explain config "
     verbs += "schedule sample reproduce compare serve promote rollback history lineage "
-    verbs += "export import submit"
+    verbs += "export import submit jobs logs cancel"
     for verb in verbs.split():
         assert f" {verb} " in output
 
@@ -109,7 +109,9 @@ def test_a_cluster_that_is_not_there(place: Workplace) -> None:
     assert "is not a config file" in error_of(output)
     (place.folder / "digits.yaml").write_bytes((ROOT / "configs" / "digits.yaml").read_bytes())
     output = place.quick("submit", "digits.yaml", "--address", "http://127.0.0.1:9", code=2)
-    assert "cannot submit to http://127.0.0.1:9: " in error_of(output)
+    assert "the cluster at http://127.0.0.1:9 cannot be used: nothing answers there" in error_of(
+        output
+    )
     output = place.run_tiny("cluster.address=127.0.0.1:9", verb="preprocess", code=2)
     assert "cannot join the Ray cluster at 127.0.0.1:9" in output.splitlines()[-1]
 

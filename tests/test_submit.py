@@ -1,0 +1,237 @@
+"""Runs as jobs of a real Ray head, which asks for a token."""
+
+import http.server
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from tests.conftest import ENVIRONMENT, ROOT, TINY, Workplace, end, ray_workers, wait_for
+
+pytestmark = pytest.mark.ray
+TOKEN = "a-token-of-this-test-and-no-other-0123456789"
+
+
+class Head(NamedTuple):
+    pid: int
+    port: int
+    gcs: int
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    port, gcs = free_port(), free_port()
+    bin = Path(sys.executable).parent
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets want a short path
+        start = f"start --head --block --num-cpus=4 --port={gcs} --dashboard-port={port}"
+        start += f" --temp-dir={folder} --node-ip-address=127.0.0.1 --ray-client-server-port=0"
+        process = subprocess.Popen(
+            [str(bin / "ray"), *start.split(), "--disable-usage-stats"],
+            env={
+                **ENVIRONMENT,
+                "PATH": f"{bin}:{os.environ['PATH']}",
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN": TOKEN,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            wait_for(lambda: listens(port), 90, "the head's job server")
+            yield Head(process.pid, port, gcs)
+        finally:
+            end(process)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workplace:
+    """A folder with a config in it."""
+    shutil.copy(ROOT / "configs" / "digits.yaml", tmp_path)
+    return Workplace(tmp_path)
+
+
+def command(address: str, *more: str, sets: tuple[str, ...] = ()) -> list[str]:
+    """`ddpm submit` of the tiny run."""
+    words = [word for value in [*TINY, *sets] for word in ("--set", value)]
+    return ["submit", "digits.yaml", "--address", address, *words, *more]
+
+
+class Cable:
+    """A way to the head that can be cut."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._ends: list[socket.socket] = []
+        self.address = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                here, _ = self._server.accept()
+                there = socket.create_connection(("127.0.0.1", self._port))
+                self._ends += [here, there]
+                for pair in ((here, there), (there, here)):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    @staticmethod
+    def _pass_on(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+        for one in (source, target):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        for one in self._ends:
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        self._ends.clear()
+
+    def close(self) -> None:
+        self._server.close()
+        self.cut()
+
+
+def test_a_job_outlives_its_client_and_its_driver_and_is_found_again(
+    head: Head, place: Workplace
+) -> None:
+    cable = Cable(head.port)
+    client = place.start(*command(head.address, "--attempts", "2", "--wait"), RAY_AUTH_TOKEN=TOKEN)
+    assert client.stdout is not None
+    first = client.stdout.readline()
+    assert first.startswith("submitted digits-"), first
+    job = first.split()[1].rstrip(";")
+    client.send_signal(signal.SIGHUP)  # its terminal is lost
+    client.communicate(timeout=20)
+
+    again = place.start(*command(cable.address, "--wait"), RAY_AUTH_TOKEN=TOKEN)
+    try:
+        assert again.stdout is not None
+        assert again.stdout.readline().startswith(f"{job} is at this run already")
+        wait_for(lambda: list(place.folder.glob("runs/train/*/step-*")), 120, "a checkpoint")
+        cable.cut()
+        (driver,) = [
+            process
+            for process in ray_workers(head.pid, "tasks run")
+            if "tasks.attempts" not in process.cmdline()
+        ]
+        driver.kill()
+        output, _ = again.communicate(timeout=120)
+    finally:
+        end(again)
+        cable.close()
+    assert again.returncode == 0, output
+    assert output.count("attempt 1 of 2 was killed by signal 9: the next goes on") == 1
+    log = place.ddpm("logs", job, "--address", head.address, RAY_AUTH_TOKEN=TOKEN)
+    assert output == log
+    assert "cached" in log, "the second attempt began anew"
+
+    output = place.ddpm(*command(head.address, "--wait"), RAY_AUTH_TOKEN=TOKEN)
+    assert output.startswith(f"submitted {job.removesuffix('-1')}-2;")
+    assert output.count("cached") >= 6
+    lines = place.ddpm("jobs", "--address", head.address, RAY_AUTH_TOKEN=TOKEN).splitlines()
+    assert [line.split()[:3] for line in lines[1:]] == [
+        [f"{job.removesuffix('-1')}-{i}", "digits.yaml", "succeeded"] for i in (1, 2)
+    ]
+
+
+def test_a_job_is_cancelled_and_its_exit_code_told(head: Head, place: Workplace) -> None:
+    sets = ("training.steps=100000", "name=long")
+    both = [
+        place.start(*command(head.address, "--attempts", "3", sets=sets), RAY_AUTH_TOKEN=TOKEN)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    (job,) = {word for output in outputs for word in output.split() if word.startswith("long-")} & {
+        output.split()[1 if output.startswith("submitted") else 0].rstrip(";") for output in outputs
+    }
+    assert sorted(output.startswith("submitted") for output in outputs) == [False, True]
+    wait_for(lambda: list(place.folder.glob("runs/train/*/step-*")), 120, "a checkpoint")
+    where = ["--address", head.address]
+    follower = place.start("logs", job, "--follow", *where, RAY_AUTH_TOKEN=TOKEN)
+    assert f"{job} is stopped" in place.ddpm("cancel", job, *where, RAY_AUTH_TOKEN=TOKEN)
+    output, _ = follower.communicate(timeout=60)
+    assert follower.returncode == 130
+    assert "has been stopped; submitted again, the run goes on" in output
+    assert not [p for p in ray_workers(head.pid, "tasks run") if p.status() != psutil.STATUS_ZOMBIE]
+    assert "was over already" in place.ddpm("cancel", job, *where, RAY_AUTH_TOKEN=TOKEN)
+    output = place.ddpm("logs", "nosuch", *where, code=2, RAY_AUTH_TOKEN=TOKEN)
+    assert f"error: there is no job nosuch at {head.address}" in output
+    wrong = command(head.address, "--wait", "--attempts", "3", sets=("data.source=/nowhere",))
+    output = place.ddpm(*wrong, code=2, RAY_AUTH_TOKEN=TOKEN)
+    assert "/nowhere" in output
+    assert "attempt" not in output, "the user's mistake is not tried again"
+
+
+def test_a_cluster_that_cannot_be_used_is_one_sentence(head: Head, place: Workplace) -> None:
+    def refused(address: str, **environment: str) -> str:
+        begin = time.monotonic()
+        told = subprocess.run(
+            [sys.executable, "-m", "tasks", *command(address)],
+            cwd=place.folder,
+            env={**ENVIRONMENT, "HOME": str(place.folder), **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert told.returncode == 2, told
+        assert told.stderr.count("\n") == 1, told.stderr
+        assert time.monotonic() - begin < 60
+        return told.stderr
+
+    assert "it asks for a token; put that of the head" in refused(head.address)
+    assert "it does not know this token; put that of" in refused(
+        head.address, RAY_AUTH_TOKEN="another-token-0123456789"
+    )
+    assert "nothing answers there" in refused(f"http://127.0.0.1:{free_port()}")
+
+    class Version(http.server.BaseHTTPRequestHandler):
+        text = b""
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(self.text)))
+            self.end_headers()
+            self.wfile.write(self.text)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Version) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{other.server_port}"
+        Version.text = b"hello"
+        assert "no job server of Ray; give the address" in refused(address)
+        Version.text = b'{"ray_version": "2.9.0"}'
+        assert "it runs Ray 2.9.0, and here is Ray 2." in refused(address)
+        other.shutdown()
