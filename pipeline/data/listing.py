@@ -11,7 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import storage
 from pipeline.data.formats.common import Place
-from pipeline.data.shards import SHARDS
+from pipeline.data.shard_list import SHARDS
 from pipeline.errors import DataError
 from pipeline.storage import MANIFEST
 

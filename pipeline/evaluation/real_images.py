@@ -22,7 +22,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.data.parts import choose, read_footer
+from pipeline.data.parts import Part, choose
 from pipeline.evaluation.extractors import Extractor, load_extractor
 from pipeline.evaluation.figures import (
     MOST_KEPT,
@@ -32,7 +32,6 @@ from pipeline.evaluation.figures import (
 )
 from pipeline.evaluation.frechet import Moments
 from pipeline.seeding import key, permutation
-from pipeline.storage import FileEntry
 
 FEATURES = "features"
 TRAIN, HOLDOUT = "train.safetensors", "holdout.safetensors"
@@ -50,13 +49,12 @@ def features_path(split: str, number: int) -> str:
     return f"{FEATURES}/{split}-{number:05d}.safetensors"
 
 
-def extract(folder: str, shard_set: str, entries: Sequence[FileEntry], path: str) -> None:
+def extract(folder: str, parts: Sequence[Part], path: str) -> None:
     """Write the features of all images of some parts to a path below `folder`."""
     extractor = extractor_of(folder)
     assert extractor is not None
     found = []
-    for entry in entries:
-        part = read_footer(shard_set, entry)
+    for part in parts:
         for group in range(len(part.group_sizes)):
             images, _ = part.read_group(group)
             if len(images):
