@@ -95,16 +95,13 @@ class LeastRows(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray is untyp
         self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
     ) -> list[list[Any]]:
         self._forget_the_lost()
-        if not candidate_replicas:
-            return []
         rows = self._rows
-        least = min(candidate_replicas, key=lambda replica: rows.get(replica.replica_id, 0))
-        if pending_request is not None:
-            self._give(pending_request, least.replica_id)
+        ranked = sorted(candidate_replicas, key=lambda replica: rows.get(replica.replica_id, 0))
+        if ranked and pending_request is not None:
+            self._give(pending_request, ranked[0].replica_id)
             if (id := pending_request.metadata.internal_request_id) in self._given:
                 self._under_way[id] = time.monotonic()
-        # if that one cannot be reached, Ray takes the one with the fewest images
-        return [[least], [replica for replica in candidate_replicas if replica is not least]]
+        return [[replica] for replica in ranked]
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any

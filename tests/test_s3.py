@@ -18,14 +18,15 @@ import pytest
 from PIL import Image
 
 from pipeline import lease, storage
+from pipeline.data import shard_list
 from pipeline.data.batches import Batches, prefetch
 from pipeline.data.input_shards import cut, read
-from pipeline.data.parts import Part, read_parts
+from pipeline.data.parts import Parts, read_parts
 from pipeline.data.preprocess import preprocess_shard
 from pipeline.data.sources import DataConfig, scan
 from pipeline.data.windows import WindowedShuffle
 from pipeline.errors import DataError, StorageError
-from pipeline.storage import FileEntry, Manifest
+from tests import shard_sets
 from tests.conftest import ENVIRONMENT, Workplace, tiny_command
 
 pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
@@ -179,16 +180,15 @@ def write_shard_set(folder: str, copy: str) -> None:
     source = scan(config)
     shards = cut(source, config.images_per_shard)
     records = [preprocess_shard(shard, config, source.class_names, folder) for shard in shards]
-    files = [FileEntry(**file) for record in records for file in record["files"]]
-    manifest = Manifest(format=1, stage="preprocess", id="x", inputs={}, config={}, files=files)
-    storage.commit(folder, manifest)
-    for name in [storage.MANIFEST, *(file.path for file in files)]:
+    shard_sets.finish(folder, records)
+    parts = [file["path"] for record in records for file in record["files"]]
+    for name in [storage.MANIFEST, shard_list.SHARDS, *parts]:
         storage.write_bytes(f"{copy}/{name}", storage.read_bytes(f"{folder}/{name}"))
 
 
-def two_epochs(parts: list[Part]) -> list[tuple[bytes, list[int]]]:
+def two_epochs(parts: Parts) -> list[tuple[bytes, list[int]]]:
     """(pixels, labels) of the batches as training reads them, in windows."""
-    steps = -(-2 * sum(part.num_images for part in parts) // 8)
+    steps = -(-2 * int(parts.num_images.sum()) // 8)
     with contextlib.closing(WindowedShuffle(parts, 5, 8, window=24, lanes=2)) as shuffle:
         batches = prefetch(Batches(shuffle).at, 0, steps)
         return [(batch.pixels.numpy().tobytes(), batch.labels.tolist()) for batch in batches]
@@ -213,10 +213,8 @@ def test_training_reads_the_same_windows_from_an_unreliable_bucket_as_from_a_dis
 
 
 def parts_in(folder: str) -> dict[str, bytes]:
-    names = [file["path"] for file in manifest_in(folder)["files"]]
-    return {
-        name: storage.read_bytes(f"{folder}/{name}") for name in names if name.endswith(".parquet")
-    }
+    names = [entry.path for entry in shard_sets.parts_of(folder)]
+    return {name: storage.read_bytes(f"{folder}/{name}") for name in names}
 
 
 def manifest_in(folder: str) -> Any:

@@ -48,7 +48,7 @@ class Tally:
         for name in ("num_unlabelled", "num_too_small", "num_too_narrow"):
             self.counts[name] += record[name]
         self.num_images.update(record["num_images"])
-        self.class_counts += record["class_counts"]
+        self.class_counts += np.array(record["class_counts"], np.int64)  # of no classes, too
         self.histograms += record["histograms"]
         for width, height, count in record["sizes"]:
             self.sizes[width, height] += count
