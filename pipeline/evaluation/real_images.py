@@ -64,7 +64,8 @@ def extract(folder: str, parts: Sequence[Part], path: str) -> None:
 
 def read_features(folder: str, split: str) -> Iterator[Tensor]:
     """The features (n, D) of a split, a file of them at a time, in the order of the images."""
-    for name in storage.list_names(storage.join(folder, FEATURES)):
+    names = storage.list_names(storage.join(folder, FEATURES))
+    for name in sorted(names, key=len):  # a name of more than five digits is longer
         if name.startswith(f"{split}-"):
             tensors = read_tensors(storage.join(folder, FEATURES, name))
             assert tensors is not None

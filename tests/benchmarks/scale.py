@@ -1,4 +1,4 @@
-"""What grows with shards, images and replicas, and how: what takes more than linear time shows here.
+"""What grows with shards, images and replicas, and how; what is not linear shows here.
 
     python -m tests.benchmarks.scale [--only driver list scan router constants] [--quick]
 
@@ -8,9 +8,10 @@
 - list: the list of a ShardSet's shards is made, written, and opened as a training opens it: read,
   its sha256 verified, and the order of an epoch laid out. Beside it the same parts named in the
   manifest itself, as they were until format 4.
-- scan: the images of one .npy file are found, hashed, compared and cut into shards.
+- scan: what the driver does with the images that its tasks have found: it reads, numbers, compares
+  and hashes their list, and cuts it into shards.
 - router: to which of a service's replicas the next image goes, in Ray Serve's own router, where
-  each has 16 images in hand; the replicas are none.
+  each has 16 images in hand; the replicas are none. And whether the next request is let in.
 - constants: what infra/scaling.py reckons with. Checkpoints of the shipped configs, written to this
   disk; records of a training, written to MLflow's sqlite; a listing of an S3 server (moto's).
 
@@ -56,6 +57,7 @@ from tests.benchmarks.as_worker import as_worker
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHARDS, ENTRIES, IMAGES = (1_000, 10_000, 100_000), (10_000, 100_000, 1_000_000), 1_000_000
 REPLICAS, IN_HAND, CHOICES = (10, 100, 1_000), 16, 2_000
+REQUESTS = (100, 1_000, 10_000)
 OBJECTS, RECORDS = 3_000, 200
 QUICK = 50
 """By so much --quick divides the sizes."""
@@ -186,8 +188,6 @@ def empty_task(
 
 
 def run_driver(num_shards: int) -> dict[str, float]:
-    import functools
-
     import ray
 
     from pipeline.config import load_config
@@ -195,8 +195,11 @@ def run_driver(num_shards: int) -> dict[str, float]:
     from tasks.stage import StageContext
     from tests.benchmarks.preprocess import started_ray
 
-    chosen = np.linspace(0, num_shards - 1, SHEET_PARTS).astype(int)
-    task = functools.partial(empty_task, real=frozenset(chosen.tolist()))
+    real = frozenset(np.linspace(0, num_shards - 1, SHEET_PARTS).astype(int).tolist())
+
+    def task(*call: Any) -> dict[str, Any]:
+        return empty_task(*call, real)
+
     with tempfile.TemporaryDirectory() as folder, started_ray():
         preprocess._preprocess_task = ray.remote(max_retries=3)(task)
         values = {
@@ -209,7 +212,8 @@ def run_driver(num_shards: int) -> dict[str, float]:
         }
         sets = [f"{key}={value}" for key, value in values.items()]
         config = load_config(str(CONFIGS / "digits.yaml"), sets)
-        ray.get([ray.remote(abs).remote(-1) for _ in range(8)])  # its workers are there
+        warm = ray.remote(lambda: os.getpid())
+        ray.get([warm.remote() for _ in range(8)])  # its workers are there
         watch = Watch()
         source = scan(config.data)
         scanned = watch.lap()
@@ -370,8 +374,9 @@ def run_scan(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = npy(Path(folder) / "images.npy", count)
         config = DataConfig(source=path, image_size=4, channels=1, images_per_shard=512)
+        scan(config, index := str(Path(folder) / "index"), remember=True)
         watch = Watch()
-        source = scan(config)
+        source = scan(config, index)  # what tasks find in the files is there
         scanned = watch.lap()
         shards = cut(source, config.images_per_shard)
         cut_up = watch.lap()
@@ -380,7 +385,7 @@ def run_scan(count: int) -> dict[str, float]:
 
 
 def measure_scan(by: int) -> list[dict[str, Any]]:
-    print("\nthe images of one file found, hashed, compared, and cut into shards of 512")
+    print("\nthe list of images read, numbered, compared, hashed, and cut into shards of 512")
     print(f"{'images':>10} {'scan s':>9} {'cut s':>9} {'MB':>9} {'items MB':>9}")
     sizes, found = [IMAGES // 100 // by, IMAGES // 10 // by, IMAGES // by], []
     for size in sizes:
@@ -490,10 +495,35 @@ def measure_router(by: int) -> list[dict[str, Any]]:
         whole.append(statistics.median(run[0] for run in runs))
         ours.append(statistics.median(run[1] for run in runs))
         print(f"{size:>10,} {1e6 * whole[-1]:>9,.0f} {1e6 * ours[-1]:>9,.0f}", flush=True)
+    let_in = [let_in_often(size, choices // 10) for size in REQUESTS]
+    for size, seconds in zip(REQUESTS, let_in, strict=True):
+        print(f"a request let in beside {size:>6,}: {1e6 * seconds:>6,.0f} µs")
     return [
-        constant(f"an image's replica chosen of {size:,}", 1e6 * seconds, "µs")
-        for size, seconds in zip(REPLICAS, whole, strict=True)
+        *(
+            constant(f"an image's replica chosen of {size:,}", 1e6 * seconds, "µs")
+            for size, seconds in zip(REPLICAS, whole, strict=True)
+        ),
+        *(
+            constant(f"a request let in beside {size:,}", 1e6 * seconds, "µs")
+            for size, seconds in zip(REQUESTS, let_in, strict=True)
+        ),
     ]
+
+
+def let_in_often(in_hand: int, times: int) -> float:
+    """Seconds in which it is seen that a request can be taken beside so many that are running."""
+    from pipeline.serving.api import ServingConfig
+    from tasks.admission import check_room
+    from tasks.generations import Asked, Generation, Generations
+
+    generations, config = Generations(), ServingConfig(max_rows=10**9, max_seconds=1e6)
+    for i in range(in_hand):
+        asked = Asked("", str(i % 100), 1, 50 + i % 100, 1_000)
+        generations._by_id[str(i)] = Generation(str(i), asked)
+    began = time.perf_counter()
+    for _ in range(times):
+        check_room(Asked("", "1", 1, 50, 1_000), generations, config, 1e6)
+    return (time.perf_counter() - began) / times
 
 
 # --- constants ------------------------------------------------------------------------------------
