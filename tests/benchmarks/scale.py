@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -596,9 +597,19 @@ def listing(by: int) -> list[dict[str, Any]]:
     _, files = list_files("s3://bucket/images")
     seconds = time.perf_counter() - began
     assert len(files) == count
+    tracemalloc.start()
+    list_files("s3://bucket/images")
+    size = tracemalloc.get_traced_memory()[1] / count
+    tracemalloc.stop()
     server.close()
-    print(f"1,000 objects of moto's S3 server listed in {1000 * seconds / count:.2f} s")
-    return [constant("1,000 objects of moto's S3 server listed", 1000 * seconds / count, "s")]
+    print(
+        f"1,000 objects of moto's S3 server listed in {1000 * seconds / count:.2f} s; "
+        f"{size:,.0f} bytes of memory an object"
+    )
+    return [
+        constant("1,000 objects of moto's S3 server listed", 1000 * seconds / count, "s"),
+        constant("memory of a listing, an object", size, "bytes"),
+    ]
 
 
 if __name__ == "__main__":
