@@ -250,8 +250,11 @@ def measure_driver(by: int) -> list[dict[str, Any]]:
 
 # --- the list of shards ---------------------------------------------------------------------------
 
+MADE: dict[str, Any] = {"format": 1, "stage": "preprocess", "id": "x", "inputs": {}, "config": {}}
 
-def entries(count: int) -> list[dict[str, Any]]:
+
+def entries(start: int, stop: int) -> list[dict[str, Any]]:
+    """The records of shards, what the list keeps of them."""
     return [
         {
             "digest": f"{i:08x}" * 2,
@@ -265,22 +268,21 @@ def entries(count: int) -> list[dict[str, Any]]:
             ],
             "num_images": {"train": 500 - i % 7, "holdout": 10 + i % 7},
         }
-        for i in range(count)
+        for i in range(start, stop)
     ]
 
 
 def make_list(count: int) -> dict[str, float]:
-    made = {"format": 1, "stage": "preprocess", "id": "x", "inputs": {}, "config": {}}
     with tempfile.TemporaryDirectory() as folder:
+        write_list(folder, 100)  # what is imported for it is there
         watch = Watch()
         rows: dict[int, shard_list.Row] = {}  # as the driver keeps them, without the records
         for start in range(0, count, 10_000):
-            for record in entries(min(10_000, count - start)):
+            for record in entries(start, min(start + 10_000, count)):
                 rows[len(rows)] = shard_list.row_of(record)
         collected = watch.lap()
-        table = shard_list.table_of(rows[i] for i in range(count))
-        entry = shard_list.write(folder, table)
-        storage.commit(folder, Manifest(files=[entry], **made))
+        entry = shard_list.write(folder, shard_list.table_of(rows[i] for i in range(count)))
+        storage.commit(folder, Manifest(files=[entry], **MADE))
         written = watch.lap()
         return {
             "collect": collected,
@@ -289,6 +291,11 @@ def make_list(count: int) -> dict[str, float]:
             "bytes": entry.bytes,
             **json.loads(_opened(folder)),
         }
+
+
+def write_list(folder: str, count: int) -> None:
+    shards = shard_list.table_of(map(shard_list.row_of, entries(0, count)))
+    storage.commit(folder, Manifest(files=[shard_list.write(folder, shards)], **MADE))
 
 
 def _opened(folder: str) -> str:
@@ -301,6 +308,9 @@ def _opened(folder: str) -> str:
 
 def open_list(_: int) -> dict[str, float]:
     folder = sys.stdin.read()
+    with tempfile.TemporaryDirectory() as small:
+        write_list(small, 100)
+        WindowedOrder(0, 64, read_parts(small, "train").group_sizes, 1_000, 4).batch(0)
     watch = Watch()
     parts = read_parts(folder, "train")
     read = watch.lap()
@@ -313,11 +323,10 @@ def open_list(_: int) -> dict[str, float]:
 
 def make_flat(count: int) -> dict[str, float]:
     """The parts in the manifest itself."""
-    made = {"format": 1, "stage": "preprocess", "id": "x", "inputs": {}, "config": {}}
-    files = [FileEntry(**file) for record in entries(count) for file in record["files"]]
+    files = [FileEntry(**file) for record in entries(0, count) for file in record["files"]]
     with tempfile.TemporaryDirectory() as folder:
         watch = Watch()
-        storage.commit(folder, Manifest(files=files, **made))
+        storage.commit(folder, Manifest(files=files, **MADE))
         written = watch.lap()
         size = (Path(folder) / storage.MANIFEST).stat().st_size
         del files
