@@ -128,8 +128,12 @@ def test_more_files_than_a_page_of_a_listing_holds_are_all_found(
 ) -> None:
     for i in range(1005):
         s3.put(f"many/{i:04d}.png", b"%d" % i)
+    proxy = through(here, s3, lambda *_: "")
     source = scan(DataConfig(source="s3://bucket/many", image_size=8, channels=1))
     assert source.items["key"].to_pylist() == [f"{i:04d}.png" for i in range(1005)]
+    listings = [path for _, path, _ in proxy.requests if "list-type=2" in path]
+    assert len([path for path in listings if "max-keys=1&" not in path]) == 2, "each page once"
+    proxy.close()
 
 
 def test_a_file_of_several_parts_arrives_whole(s3: S3, here: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ The last line is JSON: [{"what", "ours", "peer", "peer_name", "unit", "ratio", "
 import argparse
 import asyncio
 import json
+import logging
 import os
 import platform
 import statistics
@@ -433,6 +434,9 @@ class Fake:
 
     def update_replica_info(self, info: Any) -> None: ...
 
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        return IN_HAND
+
 
 class AnOrder:
     """As much of an Order as the router looks at."""
@@ -597,6 +601,7 @@ def listing(by: int) -> list[dict[str, Any]]:
     except ImportError as error:
         print(f"not measured: a listing of S3 ({error})")
         return []
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line a request
     server, count = S3(), OBJECTS // by
     os.environ.update(server.environment())
     for i in range(count):
