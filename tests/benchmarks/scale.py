@@ -550,6 +550,8 @@ def measure_constants(by: int) -> list[dict[str, Any]]:
 
 
 def checkpoints(by: int) -> list[dict[str, Any]]:
+    import torch
+
     from pipeline.config import load_config
     from pipeline.training.checkpoint import Writer
     from pipeline.training.loop import make_state
@@ -561,6 +563,9 @@ def checkpoints(by: int) -> list[dict[str, Any]]:
         spec = model_spec(config, [str(i) for i in range(10)])
         network = spec.make_network()
         state = make_state(network, config.training, config.diffusion.timesteps)
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        state.optimizer.step()  # its moments are there after a step
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
             with Writer(folder, spec.model_dump(mode="json"), keep=1) as writer:
