@@ -57,6 +57,7 @@ bench: install $(PEERS)/.installed  ## Run the benchmarks that need no model, in
 	$(BIN)/python -m tests.benchmarks.record evaluate
 	$(BIN)/python -m tests.benchmarks.record engine
 	$(BIN)/python -m tests.benchmarks.record serve_load
+	$(BIN)/python -m tests.benchmarks.record scale
 
 serve: install   ## Serve the digits that `make run` trained
 	$(BIN)/ddpm serve digits@champion --replicas 2

@@ -18,9 +18,15 @@ def results(task: Any, calls: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, 
     limit = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting = deque(enumerate(calls))
     running: dict[Any, int] = {}
+    ended: deque[Any] = deque()
     while waiting or running:
         while waiting and len(running) < limit:
             i, arguments = waiting.popleft()
             running[task.remote(*arguments)] = i
-        (ready, *_), _ = ray.wait(list(running), num_returns=1)
-        yield running.pop(ready), ray.get(ready)
+        if not ended:
+            # all of them: a look takes the longer, the more tasks are in flight
+            ray.wait(list(running), num_returns=1)
+            ended.extend(ray.wait(list(running), num_returns=len(running), timeout=0)[0])
+        if ended:
+            ref = ended.popleft()
+            yield running.pop(ref), ray.get(ref)

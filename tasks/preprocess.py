@@ -3,13 +3,12 @@
 What is in the source's files is found by tasks, too, unless an earlier scan has found it.
 
 A task writes its parts, then a record `parts/00003.json` of what is in them; a record that stands
-is not made again, so a killed run loses at most the shards that were being worked on. The records
-of a finished ShardSet are kept in `shards.json`. By these and by the records of those that were not
-finished another ShardSet, of a source that has changed here and there, takes over the parts of the
-shards that have not.
+is not made again, so a killed run loses at most the shards that were being worked on. The driver
+adds the records up and keeps a row of each, which are the list `shards.arrow` of the finished
+ShardSet. By that, and by the records of ShardSets that were not finished, another one, of a source
+that has changed here and there, takes over the parts of the shards that have not.
 """
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,20 +17,22 @@ import pyarrow as pa
 import ray
 
 from pipeline import storage
+from pipeline.data import shard_list
 from pipeline.data.input_shards import InputShard, cut
+from pipeline.data.parts import Parts
 from pipeline.data.pieces import Piece, look
 from pipeline.data.preprocess import preprocess_shard, record_uri, shard_digest
-from pipeline.data.shards import SHARDS, part_path
+from pipeline.data.shards import part_path
 from pipeline.data.sources import DataConfig, Source
 from pipeline.data.summary import (
     CONTACT_SHEET,
+    Tally,
     bad_and_duplicates,
     contact_sheet,
     left_out,
     summary,
 )
-from pipeline.errors import DataError
-from pipeline.storage import FileEntry, Manifest
+from pipeline.errors import CorruptArtifact, DataError
 from tasks import in_flight
 from tasks.stage import Outcome, StageContext
 
@@ -66,32 +67,34 @@ def run(ctx: StageContext, source: Source) -> Outcome:
     """
     config, names = ctx.config.data, source.class_names
     storage.sweep(ctx.folder)
-    shards = cut(source, config.images_per_shard)
-    records = {i: record for i, record in _read_records(ctx.folder).items() if i < len(shards)}
-    if len(records) < len(shards):
-        records |= _take_over(ctx, shards, names, records)
-    num_items = [shard.items.num_rows for shard in shards]
-    ctx.progress.start(source.items.num_rows, "images", sum(num_items[i] for i in records))
+    shards, tally = cut(source, config.images_per_shard), Tally()
+    for i, record in _read_records(ctx.folder):
+        if i < len(shards):
+            tally.add(i, record)
+    if missing := [shard for shard in shards if shard.index not in tally.rows]:
+        for i, record in _take_over(ctx, missing, names):
+            tally.add(i, record)
+    done = sum(shards[i].items.num_rows for i in tally.rows)
+    ctx.progress.start(source.items.num_rows, "images", done)
 
     # the largest first, so that all workers end at about the same time
-    todo = [shard for shard in shards if shard.index not in records]
+    todo = [shard for shard in missing if shard.index not in tally.rows]
     todo.sort(key=lambda shard: -shard.items.num_rows)
     calls = [(shard, config, names, ctx.folder) for shard in todo]
     for i, record in in_flight.results(_preprocess_task, calls):
-        records[todo[i].index] = record
-        ctx.progress.update(
-            sum(num_items[i] for i in records), f"{len(records)} of {len(shards)} shards"
-        )
-    return _outcome(ctx, source, [records[i] for i in range(len(shards))])
+        tally.add(todo[i].index, record)
+        done += todo[i].items.num_rows
+        ctx.progress.update(done, f"{len(tally.rows)} of {len(shards)} shards")
+    return _outcome(ctx, source, tally)
 
 
-def _read_records(folder: str) -> dict[int, Record]:
-    """The records of the shards of a ShardSet that are finished, by their index."""
+def _read_records(folder: str) -> Iterator[tuple[int, Record]]:
+    """(index, record) of the shards of a ShardSet that are finished, one after the other."""
     names = storage.list_names(storage.join(folder, "parts"))
     indices = [int(stem) for name in names if (stem := name.removesuffix(".json")).isdigit()]
     with ThreadPoolExecutor(RECORDS_AT_ONCE) as pool:
         records = pool.map(lambda index: _read_record(record_uri(folder, index)), indices)
-        return {i: record for i, record in zip(indices, records, strict=True) if record is not None}
+        yield from ((i, record) for i, record in zip(indices, records, strict=True) if record)
 
 
 def _read_record(uri: str) -> Record | None:
@@ -104,18 +107,21 @@ def _read_record(uri: str) -> Record | None:
 
 
 def _take_over(
-    ctx: StageContext, shards: list[InputShard], class_names: list[str], there: dict[int, Record]
-) -> dict[int, Record]:
+    ctx: StageContext, shards: list[InputShard], class_names: list[str]
+) -> Iterator[tuple[int, Record]]:
     """Copy the parts of shards that another ShardSet has, and write their records."""
-    known = _earlier_records(storage.join(ctx.config.storage, "preprocess"), ctx.folder)
+    known = _earlier_shards(storage.join(ctx.config.storage, "preprocess"), ctx.folder)
     if not known:
-        return {}
+        return
 
     def take(shard: InputShard) -> tuple[int, Record] | None:
         digest = shard_digest(shard, ctx.config.data, class_names)
-        if digest not in known or shard.index in there:
+        if digest not in known:
             return None
-        folder, record = known[digest]
+        folder, index = known[digest]
+        record = _read_record(record_uri(folder, index))
+        if record is None or record["digest"] != digest:
+            return None
         files = []
         for file in record["files"]:
             path = part_path(file["path"].split("/")[0], shard.index)
@@ -131,11 +137,11 @@ def _take_over(
         return shard.index, record
 
     with ThreadPoolExecutor(max_workers=8) as pool:
-        return dict(taken for taken in pool.map(take, shards) if taken is not None)
+        yield from (taken for taken in pool.map(take, shards) if taken is not None)
 
 
-def _earlier_records(parent: str, but: str) -> dict[str, tuple[str, Record]]:
-    """Shard digest -> (ShardSet, record): of those that are not finished, and the newest that are.
+def _earlier_shards(parent: str, but: str) -> dict[str, tuple[str, int]]:
+    """Shard digest -> (ShardSet, index): of those that are not finished, and the newest that are.
 
     Args:
         parent: the folder of all ShardSets.
@@ -143,28 +149,18 @@ def _earlier_records(parent: str, but: str) -> dict[str, tuple[str, Record]]:
     """
     folders = [storage.join(parent, name) for name in storage.list_names(parent)]
     others = [(folder, storage.read_manifest(folder)) for folder in folders if folder != but]
-    finished = [(manifest.created_at, folder, manifest) for folder, manifest in others if manifest]
-    finished.sort(key=lambda entry: entry[:2])
-    found = [
-        (folder, [*_read_records(folder).values()]) for folder, manifest in others if not manifest
-    ]
-    found += [
-        (folder, _kept_records(folder, manifest)) for _, folder, manifest in finished[-NUM_EARLIER:]
-    ]
-    return {record["digest"]: (folder, record) for folder, records in found for record in records}
-
-
-def _kept_records(folder: str, manifest: Manifest) -> list[Record]:
-    """The records of a finished ShardSet; none if their file is gone or damaged."""
-    entry = next((file for file in manifest.files if file.path == SHARDS), None)
-    try:
-        kept = storage.read_bytes(storage.join(folder, SHARDS))
-    except FileNotFoundError:
-        return []
-    if entry is None or storage.sha256(kept) != entry.sha256:
-        return []
-    records: list[Record] = json.loads(kept)
-    return records
+    known: dict[str, tuple[str, int]] = {}
+    for folder, manifest in others:
+        if manifest is None:
+            known |= {record["digest"]: (folder, i) for i, record in _read_records(folder)}
+    finished = sorted((manifest.created_at, folder) for folder, manifest in others if manifest)
+    for _, folder in finished[-NUM_EARLIER:]:
+        try:
+            digests = shard_list.read(folder)["digest"]
+        except (CorruptArtifact, FileNotFoundError):  # damaged, or being deleted
+            continue
+        known |= {digest.as_py().hex(): (folder, i) for i, digest in enumerate(digests)}
+    return known
 
 
 def named_reasons(bad: list[dict[str, str]]) -> str:
@@ -187,10 +183,10 @@ def check_bad_share(bad: list[dict[str, str]], total: int, config: DataConfig) -
         )
 
 
-def _outcome(ctx: StageContext, source: Source, records: list[dict[str, Any]]) -> Outcome:
+def _outcome(ctx: StageContext, source: Source, tally: Tally) -> Outcome:
     config = ctx.config.data
-    stats = summary(config, source, records)
-    bad, doubles = bad_and_duplicates(source, records)
+    stats = summary(config, source, tally)
+    bad, doubles = bad_and_duplicates(source, tally.bad)
     total = source.items.num_rows + len(source.duplicates) - len(doubles)
     check_bad_share(bad, total, config)
     if not stats["num_images"]["train"]:
@@ -199,13 +195,12 @@ def _outcome(ctx: StageContext, source: Source, records: list[dict[str, Any]]) -
             f"{left_out(stats)}, data.holdout={config.holdout}; lower "
             "what keeps them out"
         )
-    files = [FileEntry(**entry) for record in records for entry in record["files"]]
-    for name, data in (
-        (SHARDS, storage.canonical_json(records).encode()),
-        (f"{CONTACT_SHEET}.png", contact_sheet(ctx.folder, files, len(source.class_names))),
-    ):
-        entry = storage.write_bytes(storage.join(ctx.folder, name), data)
-        files.append(entry)
+    shards = shard_list.table_of(tally.rows[i] for i in range(len(tally.rows)))
+    sheet = contact_sheet(Parts(ctx.folder, "train", shards), len(source.class_names))
+    files = [
+        shard_list.write(ctx.folder, shards),
+        storage.write_bytes(storage.join(ctx.folder, f"{CONTACT_SHEET}.png"), sheet),
+    ]
     note = f"left out {left_out(stats)}" if left_out(stats) else ""
     if stats["bad"]:
         note += f" ({named_reasons(stats['bad'])})"

@@ -15,11 +15,10 @@ import numpy as np
 import ray
 
 from pipeline import storage
-from pipeline.data.parts import choose, images_at, read_footer
-from pipeline.data.shards import NO_LABEL
+from pipeline.data.parts import Part, Parts, choose, images_at, read_parts
+from pipeline.data.shards import NO_LABEL, SPLITS
 from pipeline.evaluation import extractors, real_images
 from pipeline.evaluation.features import train_classifier
-from pipeline.storage import FileEntry
 from tasks import in_flight
 from tasks.stage import Outcome, StageContext
 
@@ -61,12 +60,11 @@ def run(ctx: StageContext) -> Outcome:
         return Outcome([], {"extractor": None})
 
     files = {}
-    for split in ("train", "holdout"):
-        entries = [file for file in manifest.files if file.path.startswith(f"{split}/")]
-        for number, group in enumerate(_in_groups(shard_set, entries)):
+    for split in [split for split in SPLITS if manifest.stats["num_images"][split]]:
+        for number, group in enumerate(_in_groups(read_parts(shard_set, split))):
             files[real_images.features_path(split, number)] = group
     calls = [
-        (ctx.folder, shard_set, group, path)
+        (ctx.folder, group, path)
         for path, group in files.items()
         if real_images.read_tensors(storage.join(ctx.folder, path)) is None
     ]
@@ -94,10 +92,9 @@ def run(ctx: StageContext) -> Outcome:
     return Outcome([storage.entry_of(ctx.folder, path) for path in paths], stats)
 
 
-def _in_groups(shard_set: str, entries: list[FileEntry]) -> Iterator[list[FileEntry]]:
+def _in_groups(parts: Parts) -> Iterator[list[Part]]:
     """Parts that follow each other, of about IMAGES_PER_FILE images together."""
-    sizes = [read_footer(shard_set, entry).num_images for entry in entries]
-    number = np.cumsum([0, *sizes[:-1]]) // IMAGES_PER_FILE
-    pairs = zip(number.tolist(), entries, strict=False)
+    number = (np.cumsum(parts.num_images) - parts.num_images) // IMAGES_PER_FILE
+    pairs = zip(number.tolist(), parts, strict=True)
     for _, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
-        yield [entry for _, entry in group]
+        yield [part for _, part in group]

@@ -8,7 +8,7 @@ it is (pipeline/serving/turns.py).
 import asyncio
 import contextlib
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -76,52 +76,61 @@ class _Given(NamedTuple):
 
     replica: ReplicaID
     rows: int
-    arrived: bool
-    since: float
 
 
 class LeastRows(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray is untyped
     """To the replica with the fewest rows that it was given and has not finished.
 
     An image counts from the moment that it is meant for a replica: many are, before the first of
-    them is heard to have arrived.
+    them is heard to have arrived. What a choice takes grows with the replicas, not with the images.
     """
 
     def initialize_state(self, **_: Any) -> None:
         self._given: dict[str, _Given] = {}
+        self._rows: Counter[ReplicaID] = Counter()
+        self._under_way: OrderedDict[str, float] = OrderedDict()
+        """Since when, the first first."""
 
     async def choose_replicas(
         self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
     ) -> list[list[Any]]:
-        now = time.monotonic()
-        # an image that was called off on its way is never heard of again
-        self._given = {
-            id: given
-            for id, given in self._given.items()
-            if given.arrived or now - given.since < LONGEST_WAY
-        }
-        rows: Counter[ReplicaID] = Counter()
-        for given in self._given.values():
-            rows[given.replica] += given.rows
-        ranked = sorted(candidate_replicas, key=lambda replica: rows[replica.replica_id])
+        self._forget_the_lost()
+        rows = self._rows
+        ranked = sorted(candidate_replicas, key=lambda replica: rows.get(replica.replica_id, 0))
         if ranked and pending_request is not None:
-            self._give(pending_request, ranked[0].replica_id, arrived=False)
+            self._give(pending_request, ranked[0].replica_id)
+            if (id := pending_request.metadata.internal_request_id) in self._given:
+                self._under_way[id] = time.monotonic()
         return [[replica] for replica in ranked]
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
-        self._give(pending_request, replica_id, arrived=True)
+        self._give(pending_request, replica_id)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self._given.pop(internal_request_id, None)
+        self._take(internal_request_id)
 
-    def _give(self, request: PendingRequest, replica: ReplicaID, arrived: bool) -> None:
+    def _give(self, request: PendingRequest, replica: ReplicaID) -> None:
         # not by its class: Ray Serve pickles this one by value, and `Order` of here is another
         rows = getattr(request.args[0], "rows", 0) if request.args else 0
+        self._take(request.metadata.internal_request_id)
         if rows:
-            given = _Given(replica, rows, arrived, time.monotonic())
-            self._given[request.metadata.internal_request_id] = given
+            self._given[request.metadata.internal_request_id] = _Given(replica, rows)
+            self._rows[replica] += rows
+
+    def _take(self, id: str) -> None:
+        self._under_way.pop(id, None)
+        if (given := self._given.pop(id, None)) is not None:
+            self._rows[given.replica] -= given.rows
+            if not self._rows[given.replica]:
+                del self._rows[given.replica]
+
+    def _forget_the_lost(self) -> None:
+        """An image that was called off on its way is never heard of again."""
+        long_ago = time.monotonic() - LONGEST_WAY
+        while self._under_way and self._under_way[id := next(iter(self._under_way))] < long_ago:
+            self._take(id)
 
 
 @serve.deployment(

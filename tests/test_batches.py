@@ -18,18 +18,18 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import storage
 from pipeline.data import cache as cache_module
+from pipeline.data import shard_list
 from pipeline.data.augment import Augmentation, augment
 from pipeline.data.batches import Batch, Batches, FullShuffle, drop_labels, prefetch
 from pipeline.data.cache import memory_mapped
 from pipeline.data.order import WindowedOrder, global_batch
-from pipeline.data.parts import Part, choose, images_at, read_parts
-from pipeline.data.shards import NO_LABEL, encode_part, part_path
+from pipeline.data.parts import Part, Parts, choose, images_at, keys_at, read_parts
+from pipeline.data.shards import NO_LABEL, part_path
 from pipeline.data.windows import WindowedShuffle
 from pipeline.errors import CorruptArtifact, DataError, StorageError
 from pipeline.seeding import key, permutation, uniform
-from pipeline.storage import Manifest
+from tests import shard_sets
 from tests.conftest import ENVIRONMENT, wait_for
 
 
@@ -49,21 +49,10 @@ def label_of(number: int) -> int | None:
 
 def write_shard_set(folder: str, sizes: list[int], encoding: Any = "raw") -> str:
     """A ShardSet of numbered images, a part of each of these sizes."""
-    images = numbered(sum(sizes))
-    files, start = [], 0
-    for i, size in enumerate(sizes):
-        which = range(start, start + size)
-        labels = [label_of(number) for number in which]
-        keys = [str(number) for number in which]
-        data = encode_part(images[start : start + size], labels, keys, list("abcde"), encoding)
-        path = part_path("train", i)
-        entry = storage.write_bytes(storage.join(folder, path), data)
-        files.append(entry.model_copy(update={"path": path}))
-        start += size
-    storage.commit(
-        folder, Manifest(format=1, stage="preprocess", id="x", inputs={}, config={}, files=files)
-    )
-    return folder
+    which = range(sum(sizes))
+    labels, keys = [label_of(number) for number in which], [str(number) for number in which]
+    images, names = numbered(len(which)), list("abcde")
+    return shard_sets.write_shard_set(folder, images, labels, keys, names, sizes, encoding)
 
 
 def spoil(path: Path, place: float) -> None:
@@ -516,7 +505,8 @@ def test_windows_are_read_as_the_order_says(
     folder = str(tmp_path) if place == "local" else f"{place}/{encoding}"
     # the last part has three row groups
     parts = read_parts(write_shard_set(folder, [*PARTS, 1100], encoding), "train")
-    assert [size for part in parts for size in part.group_sizes][-3:] == [512, 512, 76]
+    assert parts.group_sizes.tolist()[-3:] == [512, 512, 76]
+    assert parts.group_sizes.tolist() == [size for part in parts for size in part.group_sizes]
     shuffle = WindowedShuffle(parts, 3, 24, 200, 4)
     opened.append(shuffle)
     for step in [*range(2 * (COUNT + 1100) // 24), 10**7, 3]:
@@ -575,17 +565,52 @@ def test_a_step_far_away_is_reached_by_reading_its_windows_alone(
     assert len(jumped._held) <= 4
 
 
-def test_a_part_of_another_size_is_refused_before_training(tmp_path: Path) -> None:
+def test_no_part_is_opened_before_an_image_of_it_is_read(tmp_path: Path) -> None:
+    folder = write_shard_set(str(tmp_path), [1100, 20])
+    (tmp_path / part_path("train", 0)).unlink()
+    parts = read_parts(folder, "train")
+    assert parts.num_images.tolist() == [1100, 20]
+    assert parts.group_sizes.tolist() == [512, 512, 76, 20]
+    images, _ = parts.read_group(3)
+    assert numbers(images) == list(range(1100, 1120))
+    assert keys_at(parts, np.array([1119, 1101])) == ["1119", "1101"]
+    assert numbers(images_at(folder, "train", np.array([1107])).images) == [1107]
+    with pytest.raises(CorruptArtifact, match=r"part-00000.parquet is missing: delete"):
+        parts.read_group(2)
+
+
+def test_a_part_of_another_size_is_refused_when_it_is_opened(tmp_path: Path) -> None:
     folder = write_shard_set(str(tmp_path), [20, 20])
     path = tmp_path / part_path("train", 1)
     size = path.stat().st_size
     os.truncate(path, size - 10)
-    with pytest.raises(
-        CorruptArtifact, match=f"00001.parquet has {size - 10:,} bytes, its manifest says {size:,}"
-    ):
-        read_parts(folder, "train")
-    path.unlink()
-    with pytest.raises(CorruptArtifact, match=r"part-00001.parquet is missing: delete"):
+    parts = read_parts(folder, "train")
+    parts.read_group(0)
+    why = f"00001.parquet has {size - 10:,} bytes, the list of shards says {size:,}"
+    with pytest.raises(CorruptArtifact, match=why):
+        parts.read_group(1)
+
+
+def test_a_part_with_other_images_than_the_list_says_is_refused(tmp_path: Path) -> None:
+    folder = write_shard_set(str(tmp_path), [20, 20])
+    shards = shard_list.read(folder)
+    column = shards.schema.get_field_index("train_images")
+    parts = Parts(folder, "train", shards.set_column(column, "train_images", [[21, 20]]))
+    with pytest.raises(CorruptArtifact, match=r"has 20 images, the list of shards says 21: delete"):
+        parts.read_group(0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: spoil(path, 0.5), "does not match its sha256 in the manifest"),
+    ],
+)
+def test_a_damaged_list_of_shards_is_refused(tmp_path: Path, damage: Any, why: str) -> None:
+    folder = write_shard_set(str(tmp_path), [20, 20])
+    damage(tmp_path / shard_list.SHARDS)
+    with pytest.raises(CorruptArtifact, match=f"shards.arrow {why}: delete"):
         read_parts(folder, "train")
 
 

@@ -37,6 +37,7 @@ from pipeline.evaluation.features import Classifier, TrainedClassifier
 from pipeline.evaluation.figures import FeatureSet, compare, gather, nearest_in_chunks
 from pipeline.evaluation.frechet import fit_gaussian, frechet_distance, moments
 from pipeline.evaluation.inception import Inception
+from pipeline.evaluation.real_images import features_path, read_features, write_tensors
 from pipeline.storage import sha256
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 1), dtype=np.uint8)
@@ -326,3 +327,10 @@ def test_the_nearest_of_chunks_is_the_nearest_of_all() -> None:
     apart = torch.cdist(x.double(), y.double())
     assert torch.equal(rows, apart.argmin(1))
     torch.testing.assert_close(distances, apart.min(1).values.square())
+
+
+def test_files_of_features_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in (100_000, 99_999, 7):
+        features = {"features": torch.full((1, 1), float(number))}
+        write_tensors(f"{tmp_path}/{features_path('train', number)}", features)
+    assert [float(chunk) for chunk in read_features(str(tmp_path), "train")] == [7, 99_999, 100_000]

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load
 
 from pipeline import storage
+from pipeline.data import shard_list
 from pipeline.data.images import png
 from pipeline.data.sources import DataConfig
 from pipeline.errors import DataError
@@ -35,6 +36,7 @@ from tasks.preprocess import check_bad_share
 from tasks.previews import Wanted, preview
 from tests.conftest import ROOT, Workplace, end, ray_workers, tiny_command, wait_for
 from tests.servers import free_port, mlflow_server
+from tests.shard_sets import parts_of
 
 pytestmark = pytest.mark.ray
 
@@ -616,7 +618,7 @@ def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> No
     finally:
         end(process)
     before = {p: p.stat().st_mtime_ns for p in killed.folder.glob("runs/preprocess/*/parts/*.json")}
-    num_shards = len(json.loads((shard_sets(quiet)[0] / "shards.json").read_text()))
+    num_shards = len(shard_list.read(str(shard_sets(quiet)[0])))
     assert done <= len(before) < num_shards
     assert "goes on from what is finished" in killed.quick("explain", *command[1:])
     killed.ddpm(*command)
@@ -656,9 +658,8 @@ def test_two_runs_at_once_make_one_sound_output(tmp_path: Path) -> None:
     outcomes = [re.findall(r"^preprocess +(done|made by another run) ", o, re.M) for o in outputs]
     assert sorted(outcomes) == [["done"], ["made by another run"]], outputs
     folder = shard_sets(place)[0]
-    for file in place.manifest("preprocess")["files"]:
-        data = (folder / file["path"]).read_bytes()
-        assert storage.sha256(data) == file["sha256"]
+    for entry in parts_of(str(folder)):
+        assert storage.sha256((folder / entry.path).read_bytes()) == entry.sha256
     assert sum(place.manifest("preprocess")["stats"]["class_counts"]) == 40
 
 

@@ -18,14 +18,17 @@ from PIL import Image
 from pipeline import storage
 from pipeline.config import load_config
 from pipeline.data import parts as parts_module
+from pipeline.data import shard_list
 from pipeline.data import summary as summary_module
 from pipeline.data.input_shards import cut
+from pipeline.data.parts import Parts
 from pipeline.data.preprocess import preprocess_shard, record_uri
-from pipeline.data.shards import SHARDS, encode_part, images_of, part_path
+from pipeline.data.shard_list import SHARDS
+from pipeline.data.shards import encode_part, images_of, part_path
 from pipeline.data.sources import DataConfig, scan
-from pipeline.data.summary import contact_sheet, left_out, summary
+from pipeline.data.summary import Tally, contact_sheet, left_out, summary
 from pipeline.errors import ConfigError, DataError
-from pipeline.storage import FileEntry, Manifest
+from pipeline.storage import Manifest
 from tasks import preprocess
 from tasks.stage import Outcome, StageContext
 from tests.conftest import ROOT
@@ -74,9 +77,22 @@ def made(tmp_path: Path, **more: Any) -> tuple[DataConfig, Any, list[dict[str, A
     return config, source, records, folder
 
 
+def tally_of(records: list[dict[str, Any]]) -> Tally:
+    tally = Tally()
+    for index, record in enumerate(records):
+        tally.add(index, record)
+    return tally
+
+
+def parts(folder: Path | str, records: list[dict[str, Any]]) -> Parts:
+    """Those to train on."""
+    rows = map(shard_list.row_of, records)
+    return Parts(str(folder), "train", shard_list.table_of(rows))
+
+
 def test_every_image_of_a_source_is_in_a_part_or_accounted_for(tmp_path: Path) -> None:
     config, source, records, _folder = made(tmp_path)
-    stats = summary(config, source, records)
+    stats = summary(config, source, tally_of(records))
     assert stats["num_images"] == {"train": 4, "holdout": 0}
     assert stats["class_names"] == ["a", "b"]
     assert stats["class_counts"] == [2, 1]
@@ -90,7 +106,7 @@ def test_every_image_of_a_source_is_in_a_part_or_accounted_for(tmp_path: Path) -
 
 def test_mean_and_deviation_are_of_the_stored_pixels(tmp_path: Path) -> None:
     config, source, records, folder = made(tmp_path)
-    stats = summary(config, source, records)
+    stats = summary(config, source, tally_of(records))
     firsts = [  # the measured ones: of each part the first, since none has nine
         images_of(pq.read_table(f"{folder}/{record['files'][0]['path']}"))[0]
         for record in records
@@ -111,27 +127,33 @@ def test_a_shard_can_be_made_again_byte_for_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["raw", "png"])
 def test_a_contact_sheet_has_a_column_a_class(tmp_path: Path, encoding: str) -> None:
     _, _, records, folder = made(tmp_path, encoding=encoding)
-    files = [FileEntry(**entry) for record in records for entry in record["files"]]
-    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(folder, files, 2))))
+    of = parts(folder, records)
+    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(of, 2))))
     assert sheet.shape == (10 * 72 + 8, 2 * 72 + 8, 3)
     assert sheet[40, 40].tolist() == [0, 255, 0], "a/0.png"
     assert sheet[112, 40].tolist() == [100, 255, 100], "a/1.png"
     assert sheet[40, 112].tolist() == [200, 255, 200], "b/2.png"
     assert sheet[112, 112].tolist() == [128, 128, 128], "there is no more of b"
-    spread = np.asarray(Image.open(io.BytesIO(contact_sheet(folder, files, 0))))
+    spread = np.asarray(Image.open(io.BytesIO(contact_sheet(of, 0))))
     assert spread.shape == (72 + 8, 16 * 72 + 8, 3)
     assert [spread[40, 40 + 72 * i, 0] for i in range(5)] == [0, 100, 200, 40, 128]
 
 
-def large_parts(folder: Path, labels: list[int | None]) -> list[FileEntry]:
+def write_parts(folder: Path, images: list[np.ndarray], labels: list[int | None]) -> Parts:
+    """A part of each of the arrays, with the same labels."""
+    records = []
+    for index, some in enumerate(images):
+        data = encode_part(some, labels, [str(i) for i in range(len(some))], ["a"])
+        entry = storage.write_bytes(str(folder / part_path("train", index)), data)
+        file = {**entry.model_dump(), "path": part_path("train", index)}
+        records.append({"digest": "00" * 8, "files": [file], "num_images": {"train": len(some)}})
+    return parts(folder, records)
+
+
+def large_parts(folder: Path, labels: list[int | None]) -> Parts:
     """Three parts of noise, each of the 300 labels; 11 MB together, as they are and decoded."""
     noise = np.random.default_rng(0).integers(0, 256, (300, 64, 64, 3), dtype=np.uint8)
-    files = []
-    for index in range(3):
-        data = encode_part(noise + np.uint8(index), labels, [str(i) for i in range(300)], ["a"])
-        entry = storage.write_bytes(str(folder / part_path("train", index)), data)
-        files.append(entry.model_copy(update={"path": part_path("train", index)}))
-    return files
+    return write_parts(folder, [noise + np.uint8(index) for index in range(3)], labels)
 
 
 def test_a_contact_sheet_reads_no_more_than_it_shows(
@@ -148,8 +170,8 @@ def test_a_contact_sheet_reads_no_more_than_it_shows(
 
     monkeypatch.setattr(parts_module, "_open", lambda uri: Watched(uri))
     monkeypatch.setattr(parts_module, "PIECE_BYTES", 2**18)
-    contact_sheet(str(tmp_path), few, 1)
-    total = sum(file.bytes for file in few)
+    contact_sheet(few, 1)
+    total = sum(part.entry.bytes for part in few)
     assert asked[0] < total / 4, "the labels, and the beginning of the first part"
 
 
@@ -158,7 +180,7 @@ def test_a_contact_sheet_holds_little_of_the_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_classes: int
 ) -> None:
     monkeypatch.setattr(parts_module, "PIECE_BYTES", 2**18)
-    files = large_parts(tmp_path, [*[None] * 290, *[0] * 10])
+    large = large_parts(tmp_path, [*[None] * 290, *[0] * 10])
     before, held = pa.total_allocated_bytes(), []
 
     def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
@@ -166,17 +188,14 @@ def test_a_contact_sheet_holds_little_of_the_parts(
         return pixels
 
     monkeypatch.setattr(summary_module, "thumbnail", thumbnail)
-    contact_sheet(str(tmp_path), files, num_classes)
+    contact_sheet(large, num_classes)
     assert len(held) > 10
     assert max(held) < 3 * 2**20, "of 11 MB"
 
 
 def test_large_images_are_small_on_a_contact_sheet(tmp_path: Path) -> None:
-    images = np.full((3, 300, 300, 1), 7, np.uint8)
-    data = encode_part(images, [None] * 3, ["a", "b", "c"], [])
-    entry = storage.write_bytes(str(tmp_path / part_path("train", 0)), data)
-    entry = entry.model_copy(update={"path": part_path("train", 0)})
-    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(str(tmp_path), [entry], 0))))
+    large = write_parts(tmp_path, [np.full((3, 300, 300, 1), 7, np.uint8)], [None] * 3)
+    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(large, 0))))
     assert sheet.shape == (128 + 4, 16 * 130 + 2)
     assert (sheet[2:130, 2:130] == 7).all()
 
@@ -302,7 +321,7 @@ def test_what_a_killed_run_has_made_is_taken_over_when_an_image_came(
     monkeypatch.setattr(storage, "read_bytes", watch)
     stage.write("99.png", image(8, 8, 99))
     stage.run("more")
-    num_shards = len(json.loads((stage.folder("more") / SHARDS).read_text()))
+    num_shards = len(shard_list.read(str(stage.folder("more"))))
     assert num_shards - len(killed) <= len(stage.made) <= num_shards - len(killed) + 1
 
 
@@ -325,14 +344,14 @@ def test_what_vanishes_from_a_run_in_progress_is_made_anew(stage: Stage) -> None
 @pytest.mark.parametrize("damage", ["gone", "cut", "changed"])
 def test_a_damaged_shard_set_does_not_stand_in_the_way_of_others(stage: Stage, damage: str) -> None:
     stage.run("old")
-    kept = stage.folder("old") / SHARDS
-    data = kept.read_text()
+    kept, num_shards = stage.folder("old") / SHARDS, len(stage.made)
+    data = kept.read_bytes()
     if damage == "gone":
         kept.unlink()
     else:
-        kept.write_text(data[:-9] if damage == "cut" else data.replace("sha256", "sha265"))
+        kept.write_bytes(data[:-9] if damage == "cut" else data.replace(b"sha256", b"sha265"))
     stage.run("new", "data.max_bad_fraction=0.1")
-    assert len(stage.made) == len(json.loads(data))
+    assert len(stage.made) == num_shards
     stage.run("newer", "data.max_bad_fraction=0.2")
     assert stage.made == []
 
@@ -361,6 +380,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from pipeline.data.input_shards import cut
+from pipeline.data.parts import Parts
 from pipeline.data.preprocess import preprocess_shard
 from pipeline.data.sources import DataConfig, scan
 

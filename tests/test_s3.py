@@ -18,14 +18,15 @@ import pytest
 from PIL import Image
 
 from pipeline import lease, storage
+from pipeline.data import shard_list
 from pipeline.data.batches import Batches, prefetch
 from pipeline.data.input_shards import cut, read
-from pipeline.data.parts import Part, read_parts
+from pipeline.data.parts import Parts, read_parts
 from pipeline.data.preprocess import preprocess_shard
 from pipeline.data.sources import DataConfig, scan
 from pipeline.data.windows import WindowedShuffle
 from pipeline.errors import DataError, StorageError
-from pipeline.storage import FileEntry, Manifest
+from tests import shard_sets
 from tests.conftest import ENVIRONMENT, Workplace, tiny_command
 
 pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
@@ -127,8 +128,12 @@ def test_more_files_than_a_page_of_a_listing_holds_are_all_found(
 ) -> None:
     for i in range(1005):
         s3.put(f"many/{i:04d}.png", b"%d" % i)
+    proxy = through(here, s3, lambda *_: "")
     source = scan(DataConfig(source="s3://bucket/many", image_size=8, channels=1))
     assert source.items["key"].to_pylist() == [f"{i:04d}.png" for i in range(1005)]
+    listings = [path for _, path, _ in proxy.requests if "list-type=2" in path]
+    assert len([path for path in listings if "max-keys=1&" not in path]) == 2, "each page once"
+    proxy.close()
 
 
 def test_a_file_of_several_parts_arrives_whole(s3: S3, here: pytest.MonkeyPatch) -> None:
@@ -244,16 +249,15 @@ def write_shard_set(folder: str, copy: str) -> None:
     source = scan(config)
     shards = cut(source, config.images_per_shard)
     records = [preprocess_shard(shard, config, source.class_names, folder) for shard in shards]
-    files = [FileEntry(**file) for record in records for file in record["files"]]
-    manifest = Manifest(format=1, stage="preprocess", id="x", inputs={}, config={}, files=files)
-    storage.commit(folder, manifest)
-    for name in [storage.MANIFEST, *(file.path for file in files)]:
+    shard_sets.finish(folder, records)
+    parts = [file["path"] for record in records for file in record["files"]]
+    for name in [storage.MANIFEST, shard_list.SHARDS, *parts]:
         storage.write_bytes(f"{copy}/{name}", storage.read_bytes(f"{folder}/{name}"))
 
 
-def two_epochs(parts: list[Part]) -> list[tuple[bytes, list[int]]]:
+def two_epochs(parts: Parts) -> list[tuple[bytes, list[int]]]:
     """(pixels, labels) of the batches as training reads them, in windows."""
-    steps = -(-2 * sum(part.num_images for part in parts) // 8)
+    steps = -(-2 * int(parts.num_images.sum()) // 8)
     with contextlib.closing(WindowedShuffle(parts, 5, 8, window=24, lanes=2)) as shuffle:
         batches = prefetch(Batches(shuffle).at, 0, steps)
         return [(batch.pixels.numpy().tobytes(), batch.labels.tolist()) for batch in batches]
@@ -278,10 +282,8 @@ def test_training_reads_the_same_windows_from_an_unreliable_bucket_as_from_a_dis
 
 
 def parts_in(folder: str) -> dict[str, bytes]:
-    names = [file["path"] for file in manifest_in(folder)["files"]]
-    return {
-        name: storage.read_bytes(f"{folder}/{name}") for name in names if name.endswith(".parquet")
-    }
+    names = [entry.path for entry in shard_sets.parts_of(folder)]
+    return {name: storage.read_bytes(f"{folder}/{name}") for name in names}
 
 
 def manifest_in(folder: str) -> Any:

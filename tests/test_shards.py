@@ -10,19 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import storage
 from pipeline.data.parts import read_parts
 from pipeline.data.shards import (
     NO_LABEL,
     encode_part,
     images_of,
     labels_of,
-    part_path,
     read_part,
     split_of,
 )
 from pipeline.errors import CorruptArtifact
-from pipeline.storage import Manifest
+from tests import shard_sets
 
 COUNT = 20
 LABELS = [i % 3 or None for i in range(COUNT)]
@@ -39,24 +37,16 @@ def part(encoding: str, channels: int = 3) -> bytes:
 
 
 def write_shard_set(folder: str, encoding: str) -> np.ndarray:
-    images, files = some_images(), []
-    for index, start in enumerate(range(0, COUNT, 8)):
-        rows = slice(start, start + 8)
-        path = part_path("train", index)
-        data = encode_part(images[rows], LABELS[rows], KEYS[rows], ["a", "b", "c"], encoding)
-        entry = storage.write_bytes(storage.join(folder, path), data)
-        files.append(entry.model_copy(update={"path": path}))
-    storage.commit(
-        folder, Manifest(format=1, stage="preprocess", id="x", inputs={}, config={}, files=files)
-    )
+    images = some_images()
+    sizes = [8, 8, COUNT - 16]
+    shard_sets.write_shard_set(folder, images, LABELS, KEYS, ["a", "b", "c"], sizes, encoding)
     return images
 
 
 def read(folder: Path) -> pa.Table:
     """All parts."""
-    manifest = storage.read_manifest(str(folder))
-    assert manifest is not None
-    return pa.concat_tables([read_part(str(folder), entry) for entry in manifest.files])
+    parts = shard_sets.parts_of(str(folder))
+    return pa.concat_tables([read_part(str(folder), entry) for entry in parts])
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -584,10 +584,10 @@ def test_the_listing_is_sorted_and_has_no_hidden_files(tmp_path: Path) -> None:
 
 
 def test_of_a_shard_set_the_parts_are_the_images(tmp_path: Path) -> None:
-    about = {"manifest.json": b"", "shards.json": b"", "contact_sheet.png": png(0)}
+    about = {"manifest.json": b"", "shards.arrow": b"", "contact_sheet.png": png(0)}
     parts = {"train/part-00000.parquet": b"", "parts/00000.json": b""}
     write(tmp_path / "ID", about | parts)
-    write(tmp_path, {"a.png": png(1), "shards.json": b"", "my_manifest.json": b""})
+    write(tmp_path, {"a.png": png(1), "shards.arrow": b"", "my_manifest.json": b""})
     _, files = list_files(str(tmp_path / "ID"))
     assert [file.name for file in files] == sorted(parts)
     _, files = list_files(str(tmp_path))
@@ -595,7 +595,7 @@ def test_of_a_shard_set_the_parts_are_the_images(tmp_path: Path) -> None:
         *sorted(f"ID/{p}" for p in parts),
         "a.png",
         "my_manifest.json",
-        "shards.json",
+        "shards.arrow",
     ]
 
 

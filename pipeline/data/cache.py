@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from pipeline import storage
-from pipeline.data.parts import COLUMNS, Part, arrays_of, read_parts
+from pipeline.data.parts import COLUMNS, Part, Parts, arrays_of, read_parts
 from pipeline.data.shards import read_part
 from pipeline.errors import StorageError
 
@@ -76,12 +76,12 @@ def _folder_of_this_user() -> Path:
     return folder
 
 
-def _make(parts: list[Part], folder: Path) -> None:
+def _make(parts: Parts, folder: Path) -> None:
     """Decode one part after the other; the folder appears when all is written."""
     making = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(making, ignore_errors=True)  # of a process that was killed
     making.mkdir(parents=True)
-    n, needed = sum(part.num_images for part in parts), 0
+    n, needed = int(parts.num_images.sum()), 0
     try:
         with open(making / "images.npy", "wb") as pixels, open(making / "labels.npy", "wb") as rest:
             for part in parts:

@@ -13,7 +13,7 @@ from pipeline.bucket_errors import told
 from pipeline.data.formats import loose
 from pipeline.data.formats.common import Place
 from pipeline.data.pieces import format_of, runs
-from pipeline.data.sources import Source
+from pipeline.data.sources import Source, values_of
 from pipeline.errors import DataError
 
 
@@ -42,7 +42,7 @@ def cut(source: Source, images_per_shard: int) -> list[InputShard]:
 
     Images that come or go change the shards they are in, and none far from them.
     """
-    keys = source.items["key"].to_pylist()
+    keys = values_of(source.items["key"])
     return [
         InputShard(i, source.uri, source.place, source.items.slice(run.start, len(run)))
         for i, run in enumerate(runs(keys, images_per_shard))

@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline import storage
 from pipeline.bucket_errors import told
 from pipeline.data.formats.common import Place
-from pipeline.data.shards import SHARDS
+from pipeline.data.shard_list import SHARDS
 from pipeline.errors import DataError
 from pipeline.storage import MANIFEST
 
@@ -67,7 +67,7 @@ def list_files(source: str) -> tuple[Place, list[ListedFile]]:
         return Place(BUILTIN), [ListedFile("digits", 0, "")]
     fs, path = _opened(source)
     schemes = [fs.protocol] if isinstance(fs.protocol, str) else fs.protocol
-    login = LOGIN if "hf" in schemes else ""
+    is_s3, login = "s3" in schemes, LOGIN if "hf" in schemes else ""
     path = path.rstrip("/")
     try:
         fs.invalidate_cache()  # what an earlier call saw
@@ -82,7 +82,8 @@ def list_files(source: str) -> tuple[Place, list[ListedFile]]:
                 f"data.source={source!r} does not exist: give a folder, an archive, a glob of "
                 f"either, or builtin:digits{login}"
             )
-        elif fs.isdir(path):
+        # to s3fs a folder is what it can list, so it lists it: for a second time, below
+        elif fs.info(path)["type"] == "directory" if is_s3 else fs.isdir(path):
             root, found = path, _below(fs, path)
         else:
             root, found = path.rpartition("/")[0], {path: fs.info(path)}
@@ -99,7 +100,6 @@ def list_files(source: str) -> tuple[Place, list[ListedFile]]:
         raise DataError(f"data.source={source!r} cannot be read: {reason}") from error
     if pattern and not found:
         raise DataError(f"data.source={source!r} matches no file: mend the pattern")
-    is_s3 = "s3" in schemes
     files = [_listed(name[len(root) + 1 :], info, is_s3) for name, info in found.items()]
     place = Place((root if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(root)) or "/")
     place.renew()

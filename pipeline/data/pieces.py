@@ -8,7 +8,7 @@ import hashlib
 import io
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
@@ -123,23 +123,23 @@ def _piece(
     )
 
 
-def runs(keys: Sequence[str], mean: int) -> Iterator[range]:
+def runs(keys: Iterable[str], mean: int) -> Iterator[range]:
     """Ranges over `keys`, of `mean` on average, from half to twice as many.
 
     A run ends at a key whose hash says so, so keys that come or go change the runs they are in,
     and no run far from them.
     """
     least, most = max(1, mean // 2), 2 * mean
-    start = 0
-    for i, key in enumerate(keys):
-        length = i + 1 - start
+    start = stop = 0
+    for stop, key in enumerate(keys, start=1):
+        length = stop - start
         # beyond the least, the chance of an end is such that the mean length is `mean`
         is_end = zlib.crc32(key.encode()) % (mean - least + 1) == 0
         if length == most or (length >= least and is_end):
-            yield range(start, i + 1)
-            start = i + 1
-    if start < len(keys):
-        yield range(start, len(keys))
+            yield range(start, stop)
+            start = stop
+    if start < stop:
+        yield range(start, stop)
 
 
 def recall(piece: Piece, folder: str) -> pa.Table | None:

@@ -13,8 +13,8 @@ from pipeline.data.sources import DataConfig
 
 NOT_IN_PARTS = {"source", "labels", "class_names", "max_bad_fraction", "images_per_shard"}
 """Keys of DataConfig that have no part in what is made of the items of a shard."""
-SHARD_SET_FORMAT = 4
-"""Raised when the same source gives other parts."""
+SHARD_SET_FORMAT = 5
+"""Raised when the same source gives other parts, or another list of them."""
 MEASURED_EVERY = 8
 """Mean and deviation of the pixels are of every eighth training image of a shard."""
 

@@ -33,8 +33,6 @@ PAGE_BYTES = 2**20
 NO_LABEL = -1
 """In memory, where a part has null; Hugging Face writes the same where a number is not known."""
 SPLITS = ("train", "holdout")
-SHARDS = "shards.json"
-"""Beside the parts of a finished ShardSet: what is in those of each input shard."""
 
 
 def split_of(image_key: str, holdout: float) -> str:
@@ -142,7 +140,7 @@ def labels_of(table: pa.Table) -> np.ndarray:
 
 
 def read_part(shard_set: str, entry: FileEntry, columns: list[str] | None = None) -> pa.Table:
-    """The table of a part that is as the manifest says.
+    """The table of a part that is as the list of shards says.
 
     Raises:
         CorruptArtifact: it is missing, or does not match its sha256.
@@ -153,12 +151,12 @@ def read_part(shard_set: str, entry: FileEntry, columns: list[str] | None = None
     except FileNotFoundError as error:
         raise corrupt(shard_set, entry.path, "is missing") from error
     if storage.sha256(data) != entry.sha256:
-        raise corrupt(shard_set, entry.path, "does not match its sha256 in the manifest")
+        raise corrupt(shard_set, entry.path, "does not match its sha256")
     return pq.read_table(pa.BufferReader(data), columns=columns)
 
 
 def corrupt(shard_set: str, path: str, why: str) -> CorruptArtifact:
-    """The error for a part that is not what the manifest says."""
+    """The error for a file of a ShardSet that is not what was written."""
     return CorruptArtifact(
         f"{storage.join(shard_set, path)} {why}: delete {shard_set} and run the same command again"
     )

@@ -7,10 +7,10 @@ shards, each of which is read by whoever preprocesses it.
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -87,6 +87,7 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 MAX_CLASSES = 2**20
+VALUES_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ def _items(
     if unknown:
         for j, table in look_into([pieces[i] for i in unknown], keep_in):
             found(unknown[j], table)
-    return pa.concat_tables(tables[i] for i in range(len(pieces)))
+    # a slice of many chunks, of which there are as many as shards, is found by counting them
+    return pa.concat_tables(tables.pop(i) for i in range(len(pieces))).combine_chunks()
 
 
 # --- labels, duplicates, identity ---------------------------------------------------------------
@@ -184,10 +186,9 @@ def _items(
 
 def _with_labels(config: DataConfig, items: pa.Table) -> tuple[pa.Table, list[str]]:
     """The items with their final labels in `number`, and the names of the classes."""
-    numbers, names = items["number"].to_pylist(), items["name"].to_pylist()
     if config.labels is not None:
         given = read_labels(config.labels)
-        found: list[Label | None] = [find_label(given, key) for key in items["key"].to_pylist()]
+        found: list[Label | None] = [find_label(given, key) for key in values_of(items["key"])]
         if all(label is None for label in found):
             raise DataError(
                 f"data.labels={config.labels!r} names none of the images of data.source="
@@ -196,25 +197,30 @@ def _with_labels(config: DataConfig, items: pa.Table) -> tuple[pa.Table, list[st
             )
         numbers = [label if isinstance(label, int) else None for label in found]
         names = [label if isinstance(label, str) else None for label in found]
+        items = _with(
+            items, number=pa.array(numbers, pa.int64()), name=pa.array(names, pa.string())
+        )
 
-    of_names = sorted({name for name in names if name is not None})
-    of_numbers = {number for number in numbers if number is not None}
-    if of_names and of_numbers:
+    # in columns: as a list of Python's the labels of an image would take 16 times their bytes
+    of_names = sorted(pc.unique(items["name"]).drop_null().to_pylist())
+    ends = pc.min_max(items["number"]).as_py()
+    if of_names and ends["min"] is not None:
         raise DataError(
             f"data.source={config.source!r} has both names of classes, such as {of_names[0]!r}, "
-            f"and numbers, such as {min(of_numbers)}, as labels: give all of them in data.labels"
+            f"and numbers, such as {ends['min']}, as labels: give all of them in data.labels"
         )
-    if wrong := {number for number in of_numbers if not 0 <= number < MAX_CLASSES}:
+    if ends["min"] is not None and (ends["min"] < 0 or ends["max"] >= MAX_CLASSES):
+        wrong = ends["min"] if ends["min"] < 0 else ends["max"]
         raise DataError(
-            f"data.source={config.source!r} has the label {min(wrong)}: labels are numbers from 0 "
+            f"data.source={config.source!r} has the label {wrong}: labels are numbers from 0 "
             f"to {MAX_CLASSES - 1:,}, one after the other"
         )
     class_names = of_names
-    if of_numbers:
-        class_names = [str(number) for number in range(max(of_numbers) + 1)]
+    if ends["min"] is not None:
+        class_names = [str(number) for number in range(ends["max"] + 1)]
     else:
-        place = {name: i for i, name in enumerate(of_names)}
-        numbers = [None if name is None else place[name] for name in names]
+        numbers_of_names = pc.index_in(items["name"], pa.array(of_names, pa.string()))
+        items = _with(items, number=numbers_of_names.cast(pa.int64()))
     if config.class_names is not None:
         if len(config.class_names) != len(class_names):
             raise DataError(
@@ -223,17 +229,33 @@ def _with_labels(config: DataConfig, items: pa.Table) -> tuple[pa.Table, list[st
                 "order of the labels"
             )
         class_names = list(config.class_names)
-    column = pa.array(numbers, pa.int64())
-    return items.set_column(items.schema.get_field_index("number"), "number", column), class_names
+    return items, class_names
+
+
+def _with(items: pa.Table, **columns: Any) -> pa.Table:
+    """The items with these columns in place of theirs."""
+    for name, column in columns.items():
+        items = items.set_column(items.schema.get_field_index(name), name, column)
+    return items
+
+
+def values_of(column: pa.ChunkedArray) -> Iterator[Any]:
+    """The values of a column as Python has them, which takes ten times the memory: few at once."""
+    for chunk in column.chunks:
+        for start in range(0, len(chunk), VALUES_AT_ONCE):
+            yield from chunk.slice(start, VALUES_AT_ONCE).to_pylist()
 
 
 def _without_duplicates(items: pa.Table) -> tuple[pa.Table, list[tuple[str, str]]]:
     """The first of each content, and which were dropped for which; bad images are not compared."""
     sound = np.flatnonzero(pc.equal(items["bad"], "").to_numpy())
-    digest = items["digest"].to_numpy()[sound]
-    _, first, group = np.unique(digest, return_index=True, return_inverse=True)
+    # large: with offsets of 32 bits a column would end at 2 GiB, some 30 million digests
+    digests = items["digest"].cast(pa.large_string()).combine_chunks().take(pa.array(sound))
+    group = digests.dictionary_encode().indices.to_numpy()
+    # contents are numbered as they first come
+    is_first = group > np.maximum.accumulate(np.concatenate([[-1], group[:-1]]))
     keeper = np.arange(items.num_rows)  # the row that each row is a copy of
-    keeper[sound] = sound[first[group]]
+    keeper[sound] = sound[is_first][group]
     dropped = keeper != np.arange(items.num_rows)
     if not dropped.any():
         return items, []
@@ -250,7 +272,7 @@ def _without_duplicates(items: pa.Table) -> tuple[pa.Table, list[tuple[str, str]
 
 def _fingerprint(items: pa.Table, class_names: list[str]) -> str:
     found = hashlib.sha256(storage.canonical_json(class_names).encode())
-    columns = (items[name].to_pylist() for name in ("key", "number", "digest", "bad"))
+    columns = (values_of(items[name]) for name in ("key", "number", "digest", "bad"))
     for row in zip(*columns, strict=True):
         found.update(repr(row).encode())
     return found.hexdigest()

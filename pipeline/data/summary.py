@@ -1,15 +1,15 @@
 """What a person should know of a ShardSet: figures, and a picture of it."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.data.images import grid, thumbnail
-from pipeline.data.parts import read_footer
-from pipeline.data.shards import SPLITS
+from pipeline.data.parts import Parts
+from pipeline.data.shard_list import Row, row_of
 from pipeline.data.sources import DataConfig, Source
-from pipeline.storage import FileEntry
 
 CONTACT_SHEET = "contact_sheet"
 """The name of the picture, in the ShardSet and in the MLflow run."""
@@ -21,25 +21,60 @@ SHEET_PIXELS = 128
 """Of a side of an image on it, at most: of larger ones it would be too large to look at."""
 
 
-def summary(config: DataConfig, source: Source, records: list[dict[str, Any]]) -> dict[str, Any]:
+class Tally:
+    """What the records of shards come to, and of each shard a row.
+
+    The records are not kept: each has the sizes of its images and three histograms, some 100 kB in
+    memory, and of a shard there may be one of a hundred thousand.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Row] = {}
+        """By the index of the shard, see shard_list.py."""
+        self.counts: Counter[str] = Counter()
+        self.num_images: Counter[str] = Counter()
+        self.class_counts = np.zeros(0, np.int64)
+        self.histograms = np.zeros((0, 256), np.int64)
+        self.sizes: Counter[tuple[int, int]] = Counter()
+        """(width, height) -> images"""
+        self._bad: dict[int, list[dict[str, str]]] = {}
+
+    def add(self, index: int, record: dict[str, Any]) -> None:
+        """Count a record of `preprocess_shard`, once."""
+        if not self.rows:
+            self.class_counts = np.zeros(len(record["class_counts"]), np.int64)
+            self.histograms = np.zeros((len(record["histograms"]), 256), np.int64)
+        self.rows[index] = row_of(record)
+        for name in ("num_unlabelled", "num_too_small", "num_too_narrow"):
+            self.counts[name] += record[name]
+        self.num_images.update(record["num_images"])
+        self.class_counts += np.array(record["class_counts"], np.int64)  # of no classes, too
+        self.histograms += record["histograms"]
+        for width, height, count in record["sizes"]:
+            self.sizes[width, height] += count
+        if record["bad"]:
+            self._bad[index] = record["bad"]
+
+    @property
+    def bad(self) -> list[dict[str, str]]:
+        """The key and reason of each image that could not be used, in the order of the shards."""
+        return [image for index in sorted(self._bad) for image in self._bad[index]]
+
+
+def summary(config: DataConfig, source: Source, tally: Tally) -> dict[str, Any]:
     """What is worth knowing of the ShardSet: the `stats` of its manifest."""
-    bad, duplicates = bad_and_duplicates(source, records)
-    sizes = np.array([size for record in records for size in record["sizes"]]).reshape(-1, 3)
-    histograms = np.sum([record["histograms"] for record in records], axis=0)  # (C, 256)
+    bad, duplicates = bad_and_duplicates(source, tally.bad)
+    sizes = np.array([[*size, count] for size, count in tally.sizes.items()]).reshape(-1, 3)
+    histograms = tally.histograms  # (C, 256)
     share = histograms / np.maximum(histograms.sum(1, keepdims=True), 1)
     mean = share @ np.arange(256)
     return {
         "source": config.source,
         "source_sha256": source.fingerprint,
-        "num_images": {
-            split: sum(record["num_images"][split] for record in records) for split in SPLITS
-        },
+        "num_images": dict(tally.num_images),
         "image_shape": [config.image_size, config.image_size, config.channels],
         "class_names": source.class_names,
-        "class_counts": np.sum([record["class_counts"] for record in records], axis=0).tolist()
-        if source.class_names
-        else [],
-        "num_unlabelled": sum(record["num_unlabelled"] for record in records),
+        "class_counts": tally.class_counts.tolist(),
         "source_sizes": _spread(sizes),
         "pixel_mean": mean.round(3).tolist(),
         "pixel_std": np.sqrt(share @ np.arange(256) ** 2 - mean**2).round(3).tolist(),
@@ -47,19 +82,20 @@ def summary(config: DataConfig, source: Source, records: list[dict[str, Any]]) -
         "bad": bad[:MAX_NAMED],
         "num_duplicates": len(duplicates),
         "duplicates": [list(pair) for pair in duplicates[:MAX_NAMED]],
-        "num_too_small": sum(record["num_too_small"] for record in records),
-        "num_too_narrow": sum(record["num_too_narrow"] for record in records),
+        **tally.counts,
     }
 
 
 def bad_and_duplicates(
-    source: Source, records: list[dict[str, Any]]
+    source: Source, bad: list[dict[str, str]]
 ) -> tuple[list[dict[str, str]], list[tuple[str, str]]]:
     """The key and reason of each image that cannot be used, and the doubles of those that can.
 
     Doubles were dropped unread: where the image that was kept turned out to be bad, so are they.
+
+    Args:
+        bad: those that were read.
     """
-    bad = [image for record in records for image in record["bad"]]
     # what the scan knew to be bad has no doubles, but an archive may hold its name twice
     of_scan = source.items.filter(pc.not_equal(source.items["bad"], ""))
     known = set(zip(of_scan["key"].to_pylist(), of_scan["bad"].to_pylist(), strict=True))
@@ -68,10 +104,10 @@ def bad_and_duplicates(
         for image in bad
         if (image["key"], image["reason"]) not in known
     }
-    for key, kept in source.duplicates:
-        if kept in reasons:
-            bad.append({"key": key, "reason": reasons[kept]})
-    return bad, [pair for pair in source.duplicates if pair[1] not in reasons]
+    doubles = [
+        {"key": key, "reason": reasons[kept]} for key, kept in source.duplicates if kept in reasons
+    ]
+    return bad + doubles, [pair for pair in source.duplicates if pair[1] not in reasons]
 
 
 def _spread(sizes: np.ndarray) -> dict[str, list[int]]:
@@ -96,14 +132,13 @@ def left_out(stats: dict[str, Any]) -> str:
     return ", ".join(f"{stats[name]:,} {what}" for name, what in parts if stats[name])
 
 
-def contact_sheet(folder: str, files: list[FileEntry], num_classes: int) -> bytes:
+def contact_sheet(of: Parts, num_classes: int) -> bytes:
     """A PNG of training images of the whole set: a column a class, or as they come without.
 
     Of its parts the labels are read first, and then the images that it shows, one after the other.
     """
-    entries = [file for file in files if file.path.startswith("train/")]
-    chosen = np.unique(np.linspace(0, len(entries) - 1, SHEET_PARTS).astype(int))
-    parts = [read_footer(folder, entries[i]) for i in chosen]
+    chosen = np.unique(np.linspace(0, len(of) - 1, SHEET_PARTS).astype(int))
+    parts = [of[int(i)] for i in chosen]
     columns = min(num_classes, SHEET_COLUMNS) or SHEET_COLUMNS
     if num_classes:
         labels = np.concatenate([part.read_labels() for part in parts])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.data.order import Window, WindowedOrder
-from pipeline.data.parts import Part
+from pipeline.data.parts import Parts
 
 READ_AT_ONCE = 4
 """Windows: enough to hide an object store's latency, and for decoding to use some cores."""
@@ -34,11 +34,8 @@ class _Held(NamedTuple):
 class WindowedShuffle:
     """The images of `parts` in a windowed order; close it when done."""
 
-    def __init__(
-        self, parts: list[Part], seed: int, batch_size: int, window: int, lanes: int
-    ) -> None:
-        self._groups = [(part, i) for part in parts for i in range(len(part.group_sizes))]
-        sizes = np.array([size for part in parts for size in part.group_sizes], np.int64)
+    def __init__(self, parts: Parts, seed: int, batch_size: int, window: int, lanes: int) -> None:
+        self._parts, sizes = parts, parts.group_sizes
         self._starts = np.cumsum(sizes) - sizes
         self.order = WindowedOrder(seed, batch_size, sizes, window, lanes)
         self.seed, self.batch_size = seed, batch_size
@@ -94,8 +91,7 @@ class WindowedShuffle:
             np.searchsorted(self._starts, indices, side="right") - 1, return_index=True
         )
         for group, first, stop in zip(groups, firsts, [*firsts[1:], len(indices)], strict=True):
-            part, i = self._groups[group]
-            group_images, group_labels = part.read_group(i)
+            group_images, group_labels = self._parts.read_group(int(group))
             if not images.size:
                 images = np.empty((len(indices), *group_images.shape[1:]), np.uint8)
             of_group = indices[first:stop] - self._starts[group]  # neighbours

@@ -22,7 +22,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.data.parts import choose, read_footer
+from pipeline.data.parts import Part, choose
 from pipeline.evaluation.extractors import Extractor, load_extractor
 from pipeline.evaluation.figures import (
     MOST_KEPT,
@@ -32,7 +32,6 @@ from pipeline.evaluation.figures import (
 )
 from pipeline.evaluation.frechet import Moments
 from pipeline.seeding import key, permutation
-from pipeline.storage import FileEntry
 
 FEATURES = "features"
 TRAIN, HOLDOUT = "train.safetensors", "holdout.safetensors"
@@ -50,13 +49,12 @@ def features_path(split: str, number: int) -> str:
     return f"{FEATURES}/{split}-{number:05d}.safetensors"
 
 
-def extract(folder: str, shard_set: str, entries: Sequence[FileEntry], path: str) -> None:
+def extract(folder: str, parts: Sequence[Part], path: str) -> None:
     """Write the features of all images of some parts to a path below `folder`."""
     extractor = extractor_of(folder)
     assert extractor is not None
     found = []
-    for entry in entries:
-        part = read_footer(shard_set, entry)
+    for part in parts:
         for group in range(len(part.group_sizes)):
             images, _ = part.read_group(group)
             if len(images):
@@ -66,7 +64,8 @@ def extract(folder: str, shard_set: str, entries: Sequence[FileEntry], path: str
 
 def read_features(folder: str, split: str) -> Iterator[Tensor]:
     """The features (n, D) of a split, a file of them at a time, in the order of the images."""
-    for name in storage.list_names(storage.join(folder, FEATURES)):
+    names = storage.list_names(storage.join(folder, FEATURES))
+    for name in sorted(names, key=len):  # a name of more than five digits is longer
         if name.startswith(f"{split}-"):
             tensors = read_tensors(storage.join(folder, FEATURES, name))
             assert tensors is not None

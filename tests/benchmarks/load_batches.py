@@ -40,16 +40,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline import storage
 from pipeline.data.batches import Batches, FullShuffle, Shuffle, prefetch
 from pipeline.data.cache import memory_mapped
 from pipeline.data.order import WindowedOrder, global_batch
 from pipeline.data.parts import read_parts
-from pipeline.data.shards import ROW_GROUP_SIZE, encode_part, part_path
+from pipeline.data.shards import ROW_GROUP_SIZE
 from pipeline.data.windows import WindowedShuffle
-from pipeline.storage import Manifest
 from tests.benchmarks import load_batches_peers as peers
 from tests.benchmarks.load_batches_peers import BATCH_SIZE
+from tests.shard_sets import write_shard_set
 
 IMAGES_A_FILE = 2048
 NUM_CLASSES = 10
@@ -114,16 +113,10 @@ def _add(tar: tarfile.TarFile, name: str, values: dict[str, bytes]) -> None:
 
 def _write_shard_set(folder: str, images: np.ndarray, labels: np.ndarray, encoding: Any) -> None:
     names = [str(label) for label in range(NUM_CLASSES)]
-    files = []
-    for start in range(0, len(images), IMAGES_A_FILE):
-        rows = slice(start, start + IMAGES_A_FILE)
-        keys = [f"{i:06d}" for i in range(start, start + len(images[rows]))]
-        data = encode_part(images[rows], labels[rows].tolist(), keys, names, encoding)
-        path = part_path("train", start // IMAGES_A_FILE)
-        entry = storage.write_bytes(storage.join(folder, path), data)
-        files.append(entry.model_copy(update={"path": path}))
-    manifest = Manifest(format=1, stage="preprocess", id="-", inputs={}, config={}, files=files)
-    storage.commit(folder, manifest)
+    keys = [f"{i:06d}" for i in range(len(images))]
+    rest = [len(images) % IMAGES_A_FILE] * (len(images) % IMAGES_A_FILE > 0)
+    sizes = [IMAGES_A_FILE] * (len(images) // IMAGES_A_FILE) + rest
+    write_shard_set(folder, images, labels.tolist(), keys, names, sizes, encoding)
 
 
 def ours(what: str, folder: str, ahead: int) -> peers.Epoch:
