@@ -1,0 +1,160 @@
+"""Machines on this machine, in namespaces of Linux: what one does not share is not seen there.
+
+A `Machine` has an address, a host name, processes, a /dev/shm, a /tmp and an empty home of its own.
+Of this machine it sees what is installed, this repository among it, and no file of a test. It is
+lost as in a power failure: all its processes end at once, and nobody is told, for its cable goes
+first. All of it goes with the process that made it, however that ends.
+
+Needs root, or `unshare --map-root-user --net`.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from tests.conftest import ROOT, wait_for
+from tests.s3 import S3, Unreliable
+
+HOME = "/tmp/home"
+INIT = f"""
+set -e
+mount --bind "{ROOT}" /mnt
+mount -t proc none /proc
+mount -t tmpfs none /dev/shm
+mount -t tmpfs none /tmp
+mkdir -p "{ROOT}" {HOME}
+mount --bind /mnt "{ROOT}"  # again, where it was in /tmp
+hostname "$NAME"
+ip link set lo up
+echo up
+cat  # until its input ends, and this machine with it
+:
+"""
+"""Process 1 of a machine."""
+NODE_CPUS = 1
+ENDS_SOON = {
+    # that a node is lost is known within 10 seconds, not 60
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+def why_not() -> str:
+    """Why there can be no machines here; empty if there can."""
+    command = ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork"]
+    try:
+        made = subprocess.run([*command, "ip", "link"], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        return f"{error.filename} is not installed"
+    return made.stderr.strip()
+
+
+class Lan:
+    """A switch, to which this machine is connected, too, as `address`."""
+
+    def __init__(self) -> None:
+        self._switch = subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE)
+        pid = self._switch.pid
+        await_namespace(pid)
+        # 198.18.0.0/15 is for tests and in no other network
+        self._subnet = f"198.{18 + pid // 256 % 2}.{pid % 256}"
+        self.address = f"{self._subnet}.1"
+        self._number = 1
+        ip(f"link add ddpm{pid} type veth peer name here netns {pid}")
+        ip(f"address add {self.address}/24 dev ddpm{pid}")
+        ip(f"link set ddpm{pid} up")
+        self.switch("link add switch type bridge")
+        self.switch("link set switch up")
+        self.switch("link set here master switch up")
+
+    def switch(self, command: str) -> None:
+        ip(command, self._switch.pid)
+
+    def connect(self, pid: int) -> tuple[str, str]:
+        """Give a machine an address; returns that, and the name of its cable."""
+        self._number += 1
+        cable, address = f"cable{self._number}", f"{self._subnet}.{self._number}"
+        self.switch(f"link add {cable} type veth peer name eth0 netns {pid}")
+        self.switch(f"link set {cable} master switch up")
+        ip(f"address add {address}/24 dev eth0", pid)
+        ip("link set eth0 up", pid)
+        return address, cable
+
+    def close(self) -> None:
+        assert self._switch.stdin is not None
+        self._switch.stdin.close()
+        self._switch.wait(timeout=20)
+
+
+class Machine:
+    def __init__(self, lan: Lan, name: str) -> None:
+        self.name, self._lan = name, lan
+        self._process = subprocess.Popen(
+            ["unshare", *"--net --mount --pid --uts --ipc --fork --kill-child sh -c".split(), INIT],
+            env={**os.environ, "NAME": name},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "up\n"
+        (init,) = psutil.Process(self._process.pid).children()
+        self.pid = init.pid
+        self.address, self._cable = lan.connect(self.pid)
+
+    @property
+    def tmp(self) -> Path:
+        """Its /tmp, as this machine sees it."""
+        return Path(f"/proc/{self.pid}/root/tmp")
+
+    @property
+    def is_there(self) -> bool:
+        return self._process.poll() is None
+
+    def start(
+        self, *command: str, stdout: int | IO[str] | None = None, **environment: str
+    ) -> subprocess.Popen[str]:
+        """Start a command there, in its home and with nothing of this environment."""
+        kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+        values = {**kept, "HOME": HOME, "PYTHONPATH": str(ROOT), **environment}
+        words = [f"{name}={value}" for name, value in values.items()]
+        enter = ["nsenter", "--all", "--target", str(self.pid)]
+        return subprocess.Popen(
+            [*enter, "env", "--ignore-environment", f"--chdir={HOME}", *words, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def lose(self) -> None:
+        """The power fails."""
+        if self.is_there:
+            self._lan.switch(f"link set {self._cable} down")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, 9)
+            self._process.wait(timeout=20)
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+def ip(command: str, namespace_of: int | None = None) -> None:
+    """`ip COMMAND`, in the network namespace of a process."""
+    enter = ["nsenter", "--net", "--target", str(namespace_of)] if namespace_of else []
+    subprocess.run([*enter, "ip", *command.split()], check=True)
+
+
+def await_namespace(pid: int) -> None:
+    def own() -> bool:
+        return os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
+
+    wait_for(own, 10, "a namespace")
