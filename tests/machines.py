@@ -11,15 +11,12 @@ Needs root, or `unshare --map-root-user --net`.
 import contextlib
 import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 import psutil
 
 from tests.conftest import ROOT, wait_for
-from tests.s3 import S3, Unreliable
 
 HOME = "/tmp/home"
 INIT = f"""
@@ -37,14 +34,6 @@ cat  # until its input ends, and this machine with it
 :
 """
 """Process 1 of a machine."""
-NODE_CPUS = 1
-ENDS_SOON = {
-    # that a node is lost is known within 10 seconds, not 60
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "3000",
-    "RAY_health_check_failure_threshold": "3",
-}
 
 
 def why_not() -> str:
@@ -97,8 +86,9 @@ class Lan:
 class Machine:
     def __init__(self, lan: Lan, name: str) -> None:
         self.name, self._lan = name, lan
+        namespaces = ["--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
         self._process = subprocess.Popen(
-            ["unshare", *"--net --mount --pid --uts --ipc --fork --kill-child sh -c".split(), INIT],
+            ["unshare", *namespaces, "sh", "-c", INIT],
             env={**os.environ, "NAME": name},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -109,6 +99,7 @@ class Machine:
         (init,) = psutil.Process(self._process.pid).children()
         self.pid = init.pid
         self.address, self._cable = lan.connect(self.pid)
+        self._started: list[subprocess.Popen[str]] = []
 
     @property
     def tmp(self) -> Path:
@@ -127,13 +118,15 @@ class Machine:
         values = {**kept, "HOME": HOME, "PYTHONPATH": str(ROOT), **environment}
         words = [f"{name}={value}" for name, value in values.items()]
         enter = ["nsenter", "--all", "--target", str(self.pid)]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*enter, "env", "--ignore-environment", f"--chdir={HOME}", *words, *command],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self._started.append(process)
+        return process
 
     def lose(self) -> None:
         """The power fails."""
@@ -142,6 +135,8 @@ class Machine:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, 9)
             self._process.wait(timeout=20)
+        for process in self._started:
+            process.wait(timeout=20)
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()

@@ -1,0 +1,158 @@
+"""A Ray cluster of machines that have a bucket and an MLflow server in common, and no file.
+
+Each machine has an access key of its own, so the requests to the bucket say whose they are.
+"""
+
+import contextlib
+import functools
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import IO
+
+import pytest
+from s3fs import S3FileSystem
+
+from tests.conftest import Workplace, wait_for
+from tests.machines import HOME, Lan, Machine
+from tests.s3 import S3, Fault, Unreliable
+
+RAY_PORT, MLFLOW_PORT = 6379, 5000
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # a lost node is given up after some seconds, not a minute
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "2",
+}
+
+
+class Cluster:
+    """A head and nodes of one CPU each.
+
+    Args:
+        fault: of the bucket, see tests/s3.py.
+    """
+
+    def __init__(self, fault: Fault = lambda *_: "", num_nodes: int = 2) -> None:
+        self.lan = Lan()
+        self.s3 = S3()
+        self.bucket = Unreliable(self.s3, fault, self.lan.address)
+        self._number = 0
+        self.mlflow = Machine(self.lan, "mlflow")
+        self.start_mlflow()
+        self.nodes: dict[str, Machine] = {}
+        """By name, which is their access key; without the head."""
+        self.start_head()
+        for _ in range(num_nodes):
+            self.add()
+
+    # --- machines ---------------------------------------------------------------------------------
+
+    def start_mlflow(self) -> None:
+        command = f"-m mlflow server --host {self.mlflow.address} --port {MLFLOW_PORT} --workers 1"
+        command += " --backend-store-uri sqlite:///mlflow.db --artifacts-destination artifacts"
+        command += f" --allowed-hosts {self.mlflow.address}:{MLFLOW_PORT}"
+        with (self.mlflow.tmp / "mlflow.log").open("a") as log:
+            self.mlflow_server = self.mlflow.start(sys.executable, *command.split(), stdout=log)
+
+    def start_head(self) -> None:
+        """A head, and a cluster that has no other node yet."""
+        self.head = self._machine("head")
+        self._start_ray(self.head, "--head", "--port", str(RAY_PORT))
+        wait_for(lambda: listens(self.head.address, RAY_PORT), 60, "the head")
+
+    def add(self) -> Machine:
+        """A new node, which is not waited for."""
+        node = self._machine("node")
+        self.nodes[node.name] = node
+        self._start_ray(node, "--address", f"{self.head.address}:{RAY_PORT}")
+        return node
+
+    def replace(self, node: Machine) -> Machine:
+        """The power of a node fails; another comes."""
+        del self.nodes[node.name]
+        node.lose()
+        return self.add()
+
+    def renew(self) -> None:
+        """A head that is lost is the end of a cluster: another takes its place."""
+        number = len(self.nodes)
+        for machine in (self.head, *self.nodes.values()):
+            machine.lose()
+        self.nodes.clear()
+        self.start_head()
+        for _ in range(number):
+            self.add()
+
+    def wait(self) -> None:
+        """Until all of it is there."""
+        for machine in (self.head, *self.nodes.values()):
+            wait_for(functools.partial(has_joined, machine), 60, f"{machine.name} to join")
+        wait_for(lambda: listens(self.mlflow.address, MLFLOW_PORT), 120, "MLflow")
+
+    def close(self) -> None:
+        for machine in (self.head, *self.nodes.values(), self.mlflow):
+            machine.lose()
+        self.lan.close()
+        self.bucket.close()
+        self.s3.close()
+
+    def _machine(self, what: str) -> Machine:
+        self._number += 1
+        return Machine(self.lan, f"{what}{self._number}")
+
+    def _start_ray(self, machine: Machine, *options: str) -> None:
+        command = f"-m ray.scripts.scripts start --block --node-ip-address {machine.address}"
+        command += " --num-cpus 1 --object-store-memory 100000000 --disable-usage-stats"
+        command += " --include-log-monitor false"
+        with (machine.tmp / "ray.log").open("w") as log:
+            environment = self._environment(machine)
+            machine.start(sys.executable, *command.split(), *options, stdout=log, **environment)
+
+    # --- its use ----------------------------------------------------------------------------------
+
+    def start(
+        self, *arguments: str, stdout: int | IO[str] = subprocess.PIPE, **environment: str
+    ) -> subprocess.Popen[str]:
+        """Start a `ddpm` command on the head."""
+        there = {
+            "RAY_ADDRESS": f"{self.head.address}:{RAY_PORT}",
+            "MLFLOW_TRACKING_URI": f"http://{self.mlflow.address}:{MLFLOW_PORT}",
+            "COLUMNS": "200",
+        }
+        environment = self._environment(self.head) | there | environment
+        command = (sys.executable, "-m", "tasks", *arguments)
+        return self.head.start(*command, stdout=stdout, **environment)
+
+    @contextlib.contextmanager
+    def reached(self) -> Iterator[None]:
+        """This process finds the bucket."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.s3.environment().items():
+                patch.setenv(name, value)
+            S3FileSystem.clear_instance_cache()
+            yield
+        S3FileSystem.clear_instance_cache()
+
+    def tracked(self) -> Workplace:
+        """Where the database of MLflow is, as the workplaces of other tests have it."""
+        return Workplace(self.mlflow.tmp / HOME.removeprefix("/tmp/"))
+
+    def _environment(self, machine: Machine) -> dict[str, str]:
+        return ENVIRONMENT | self.s3.environment(self.bucket.endpoint, machine.name)
+
+
+def has_joined(machine: Machine) -> bool:
+    return "Ray runtime started" in (machine.tmp / "ray.log").read_text()
+
+
+def listens(address: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        socket.create_connection((address, port), timeout=1).close()
+        return True
+    return False
