@@ -1,6 +1,7 @@
 """A Ray cluster of machines that have a bucket and an MLflow server in common, and no file.
 
-Each machine has an access key of its own, so the requests to the bucket say whose they are.
+Each machine has an access key of its own, so the requests to the bucket say whose they are. Where
+no machines can be made they are rooms, see tests/rooms.py.
 """
 
 import contextlib
@@ -15,10 +16,10 @@ import pytest
 from s3fs import S3FileSystem
 
 from tests.conftest import Workplace, wait_for
-from tests.machines import HOME, Lan, Machine
+from tests.machines import Lan, Machine, why_not
+from tests.rooms import Room
 from tests.s3 import S3, Fault, Unreliable
 
-RAY_PORT, MLFLOW_PORT = 6379, 5000
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RAY_AUTH_MODE": "disabled",
@@ -39,13 +40,15 @@ class Cluster:
     """
 
     def __init__(self, fault: Fault = lambda *_: "", num_nodes: int = 2) -> None:
-        self.lan = Lan()
+        self.lan = None if why_not() else Lan()
         self.s3 = S3()
-        self.bucket = Unreliable(self.s3, fault, self.lan.address)
+        address = self.lan.address if self.lan else Room.address
+        self.bucket = Unreliable(self.s3, fault, address)
+        self._ray_port, self._mlflow_port = free_port(), free_port()
         self._number = 0
         self.mlflow = Machine(self.lan, "mlflow")
         self.start_mlflow()
-        self.nodes: dict[str, Machine] = {}
+        self.nodes: dict[str, Machine | Room] = {}
         """By name, which is their access key; without the head."""
         self.start_head()
         for _ in range(num_nodes):
@@ -54,26 +57,28 @@ class Cluster:
     # --- machines ---------------------------------------------------------------------------------
 
     def start_mlflow(self) -> None:
-        command = f"-m mlflow server --host {self.mlflow.address} --port {MLFLOW_PORT} --workers 1"
+        command = (
+            f"-m mlflow server --host {self.mlflow.address} --port {self._mlflow_port} --workers 1"
+        )
         command += " --backend-store-uri sqlite:///mlflow.db --artifacts-destination artifacts"
-        command += f" --allowed-hosts {self.mlflow.address}:{MLFLOW_PORT}"
+        command += f" --allowed-hosts {self.mlflow.address}:{self._mlflow_port}"
         with (self.mlflow.tmp / "mlflow.log").open("a") as log:
             self.mlflow_server = self.mlflow.start(sys.executable, *command.split(), stdout=log)
 
     def start_head(self) -> None:
         """A head, and a cluster that has no other node yet."""
         self.head = self._machine("head")
-        self._start_ray(self.head, "--head", "--port", str(RAY_PORT))
-        wait_for(lambda: listens(self.head.address, RAY_PORT), 60, "the head")
+        self._start_ray(self.head, "--head", "--port", str(self._ray_port))
+        wait_for(lambda: listens(self.head.address, self._ray_port), 60, "the head")
 
-    def add(self) -> Machine:
+    def add(self) -> Machine | Room:
         """A new node, which is not waited for."""
         node = self._machine("node")
         self.nodes[node.name] = node
-        self._start_ray(node, "--address", f"{self.head.address}:{RAY_PORT}")
+        self._start_ray(node, "--address", f"{self.head.address}:{self._ray_port}")
         return node
 
-    def replace(self, node: Machine) -> Machine:
+    def replace(self, node: Machine | Room) -> Machine | Room:
         """The power of a node fails; another comes."""
         del self.nodes[node.name]
         node.lose()
@@ -93,20 +98,22 @@ class Cluster:
         """Until all of it is there."""
         for machine in (self.head, *self.nodes.values()):
             wait_for(functools.partial(has_joined, machine), 60, f"{machine.name} to join")
-        wait_for(lambda: listens(self.mlflow.address, MLFLOW_PORT), 120, "MLflow")
+        wait_for(lambda: listens(self.mlflow.address, self._mlflow_port), 120, "MLflow")
 
     def close(self) -> None:
         for machine in (self.head, *self.nodes.values(), self.mlflow):
             machine.lose()
-        self.lan.close()
+        if self.lan:
+            self.lan.close()
         self.bucket.close()
         self.s3.close()
 
-    def _machine(self, what: str) -> Machine:
+    def _machine(self, what: str) -> Machine | Room:
         self._number += 1
-        return Machine(self.lan, f"{what}{self._number}")
+        name = f"{what}{self._number}"
+        return Machine(self.lan, name) if self.lan else Room(name)
 
-    def _start_ray(self, machine: Machine, *options: str) -> None:
+    def _start_ray(self, machine: Machine | Room, *options: str) -> None:
         command = f"-m ray.scripts.scripts start --block --node-ip-address {machine.address}"
         command += " --num-cpus 1 --object-store-memory 100000000 --disable-usage-stats"
         command += " --include-log-monitor false"
@@ -121,8 +128,8 @@ class Cluster:
     ) -> subprocess.Popen[str]:
         """Start a `ddpm` command on the head."""
         there = {
-            "RAY_ADDRESS": f"{self.head.address}:{RAY_PORT}",
-            "MLFLOW_TRACKING_URI": f"http://{self.mlflow.address}:{MLFLOW_PORT}",
+            "RAY_ADDRESS": f"{self.head.address}:{self._ray_port}",
+            "MLFLOW_TRACKING_URI": f"http://{self.mlflow.address}:{self._mlflow_port}",
             "COLUMNS": "200",
         }
         environment = self._environment(self.head) | there | environment
@@ -141,13 +148,13 @@ class Cluster:
 
     def tracked(self) -> Workplace:
         """Where the database of MLflow is, as the workplaces of other tests have it."""
-        return Workplace(self.mlflow.tmp / HOME.removeprefix("/tmp/"))
+        return Workplace(self.mlflow.home)
 
-    def _environment(self, machine: Machine) -> dict[str, str]:
+    def _environment(self, machine: Machine | Room) -> dict[str, str]:
         return ENVIRONMENT | self.s3.environment(self.bucket.endpoint, machine.name)
 
 
-def has_joined(machine: Machine) -> bool:
+def has_joined(machine: Machine | Room) -> bool:
     return "Ray runtime started" in (machine.tmp / "ray.log").read_text()
 
 
@@ -156,3 +163,9 @@ def listens(address: str, port: int) -> bool:
         socket.create_connection((address, port), timeout=1).close()
         return True
     return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -107,8 +107,22 @@ class Machine:
         return Path(f"/proc/{self.pid}/root/tmp")
 
     @property
+    def home(self) -> Path:
+        """Likewise; commands are started in it."""
+        return self.tmp / Path(HOME).name
+
+    @property
     def is_there(self) -> bool:
         return self._process.poll() is None
+
+    def processes(self, title: str = "") -> list[psutil.Process]:
+        """Those there whose title holds `title`."""
+        found, place = [], self._namespace(self.pid)
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if self._namespace(process.pid) == place and title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     def start(
         self, *command: str, stdout: int | IO[str] | None = None, **environment: str
@@ -140,6 +154,10 @@ class Machine:
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()
+
+    @staticmethod
+    def _namespace(pid: int) -> str:
+        return os.readlink(f"/proc/{pid}/ns/pid")
 
 
 def ip(command: str, namespace_of: int | None = None) -> None:

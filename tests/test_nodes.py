@@ -16,8 +16,9 @@ import pytest
 
 from pipeline import storage
 from pipeline.storage import Manifest
-from tests.conftest import Workplace, end, ray_workers, tiny_command, wait_for
+from tests.conftest import Workplace, end, tiny_command, wait_for
 from tests.machines import Machine, why_not
+from tests.rooms import Room
 from tests.test_pipeline import metric_history
 
 pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
@@ -25,12 +26,7 @@ pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
 from tests.cluster import Cluster
 from tests.service import Service
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.skipif(
-        bool(why_not()), reason=f"no machines here ({why_not()}): run the tests as root on Linux"
-    ),
-]
+pytestmark = pytest.mark.ray
 
 RUNS = "s3://bucket/runs"
 PORT = 8000
@@ -49,7 +45,7 @@ class PowerCuts:
 
     def __init__(self) -> None:
         self.cluster: Cluster | None = None
-        self.lost: dict[str, Machine] = {}
+        self.lost: dict[str, Machine | Room] = {}
         """By stage."""
         self.ranks: list[set[str]] = []
         """The nodes of the training, when one of them is lost."""
@@ -67,7 +63,7 @@ class PowerCuts:
             return ""
         victim = cluster.nodes.get(cluster.bucket.keys[number])
         if stage == "train":
-            nodes = [node for node in cluster.nodes.values() if ray_workers(node.pid, RANK)]
+            nodes = [node for node in cluster.nodes.values() if node.processes(RANK)]
             self.ranks.append({node.name for node in nodes})
             victim = victim or nodes[0]
         if victim is not None:
@@ -130,6 +126,10 @@ def test_a_node_lost_in_every_stage_changes_nothing(
     assert_all_is_as_in_peace(cluster, tiny)
 
 
+@pytest.mark.skipif(
+    bool(why_not()),
+    reason=f"nodes of one address share a port ({why_not()}): run the tests as root on Linux",
+)
 def test_a_node_lost_while_it_draws_takes_no_image_with_it(
     tiny: Workplace, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -147,7 +147,7 @@ def test_a_node_lost_while_it_draws_takes_no_image_with_it(
         replies: list[tuple[int, Any]] = []
         thread = threading.Thread(target=lambda: replies.append(service.post(body)))
         thread.start()
-        (node, *_) = [node for node in cluster.nodes.values() if ray_workers(node.pid, SAMPLER)]
+        (node, *_) = [node for node in cluster.nodes.values() if node.processes(SAMPLER)]
         wait_for(lambda: service.get("/v1/engine")["requests"], 20, "the request")
         node.lose()
         thread.join()
