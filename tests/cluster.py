@@ -46,7 +46,7 @@ class Cluster:
         self.bucket = Unreliable(self.s3, fault, address)
         self._ray_port, self._mlflow_port = free_port(), free_port()
         self._number = 0
-        self.mlflow = Machine(self.lan, "mlflow")
+        self.mlflow = self._machine("mlflow")
         self.start_mlflow()
         self.nodes: dict[str, Machine | Room] = {}
         """By name, which is their access key; without the head."""

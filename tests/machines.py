@@ -146,8 +146,7 @@ class Machine:
         """The power fails."""
         if self.is_there:
             self._lan.switch(f"link set {self._cable} down")
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, 9)
+            self._process.kill()
             self._process.wait(timeout=20)
         for process in self._started:
             process.wait(timeout=20)

@@ -17,7 +17,7 @@ import pytest
 from pipeline import storage
 from pipeline.storage import Manifest
 from tests.conftest import Workplace, end, tiny_command, wait_for
-from tests.machines import Machine, why_not
+from tests.machines import HOME, Machine, why_not
 from tests.rooms import Room
 from tests.test_pipeline import metric_history
 
@@ -160,3 +160,15 @@ def test_a_node_lost_while_it_draws_takes_no_image_with_it(
 
     (tmp_path / "31.png").write_bytes(base64.b64decode(reply["data"][31]["b64_json"]))
     assert "bit for bit" in tiny.quick("reproduce", str(tmp_path / "31.png"))
+
+
+def test_what_only_the_head_sees_is_refused_before_any_work(cluster: Cluster) -> None:
+    process = cluster.start(*tiny_command("preprocess"))
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        end(process)
+    assert process.returncode == 2, output
+    assert f"error: storage={HOME}/runs is on this machine, and the cluster's node" in output
+    assert "does not see it: choose a place that all nodes reach, such as --set storage" in output
+    assert not (cluster.head.home / "runs" / "preprocess").exists()
