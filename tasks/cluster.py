@@ -112,8 +112,8 @@ def check_shared(places: Mapping[str, tuple[str, str]]) -> None:
     with contextlib.ExitStack() as stack:
         marks = {}
         for place, (folder, _) in places.items():
-            mark = tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-")
-            marks[place] = stack.enter_context(mark).name
+            mark = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-"))
+            marks[place] = mark.name
         look = ray.remote(num_cpus=0, max_retries=0)(_not_there)
         looks = {}
         for node in others[:MOST_ASKED]:

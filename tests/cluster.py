@@ -68,8 +68,9 @@ class Cluster:
     def start_head(self) -> None:
         """A head, and a cluster that has no other node yet."""
         self.head = self._machine("head")
-        self._start_ray(self.head, "--head", "--port", str(self._ray_port))
-        wait_for(lambda: listens(self.head.address, self._ray_port), 60, "the head")
+        head = f"--head --port {self._ray_port} --include-dashboard false"
+        self._start_ray(self.head, *head.split())
+        wait_for(functools.partial(has_joined, self.head), 60, "the head")
 
     def add(self) -> Machine | Room:
         """A new node, which is not waited for."""
@@ -78,10 +79,10 @@ class Cluster:
         self._start_ray(node, "--address", f"{self.head.address}:{self._ray_port}")
         return node
 
-    def replace(self, node: Machine | Room) -> Machine | Room:
-        """The power of a node fails; another comes."""
+    def replace(self, node: Machine | Room, silently: bool = False) -> Machine | Room:
+        """A node is lost; another comes."""
         del self.nodes[node.name]
-        node.lose()
+        node.lose(silently)
         return self.add()
 
     def renew(self) -> None:
@@ -96,7 +97,7 @@ class Cluster:
 
     def wait(self) -> None:
         """Until all of it is there."""
-        for machine in (self.head, *self.nodes.values()):
+        for machine in self.nodes.values():
             wait_for(functools.partial(has_joined, machine), 60, f"{machine.name} to join")
         wait_for(lambda: listens(self.mlflow.address, self._mlflow_port), 120, "MLflow")
 

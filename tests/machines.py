@@ -2,8 +2,9 @@
 
 A `Machine` has an address, a host name, processes, a /dev/shm, a /tmp and an empty home of its own.
 Of this machine it sees what is installed, this repository among it, and no file of a test. It is
-lost as in a power failure: all its processes end at once, and nobody is told, for its cable goes
-first. All of it goes with the process that made it, however that ends.
+lost as a virtual machine is, all its processes at once and its kernel closing their connections, or
+as in a power failure: nobody is told, for its cable goes first. All of it goes with the process
+that made it, however that ends.
 
 Needs root, or `unshare --map-root-user --net`.
 """
@@ -75,6 +76,7 @@ class Lan:
         self.switch(f"link set {cable} master switch up")
         ip(f"address add {address}/24 dev eth0", pid)
         ip("link set eth0 up", pid)
+        ip(f"route add default via {self.address}", pid)  # by which a machine knows its own address
         return address, cable
 
     def close(self) -> None:
@@ -142,10 +144,11 @@ class Machine:
         self._started.append(process)
         return process
 
-    def lose(self) -> None:
-        """The power fails."""
+    def lose(self, silently: bool = False) -> None:
+        """All that runs there ends at once; `silently`, as when its power fails."""
         if self.is_there:
-            self._lan.switch(f"link set {self._cable} down")
+            if silently:
+                self._lan.switch(f"link set {self._cable} down")
             self._process.kill()
             self._process.wait(timeout=20)
         for process in self._started:

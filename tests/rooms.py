@@ -55,8 +55,8 @@ class Room:
         self._started.append(process)
         return process
 
-    def lose(self) -> None:
-        """All that runs there ends at once."""
+    def lose(self, silently: bool = False) -> None:
+        """All that runs there ends at once; never silently."""
         while found := self.processes():
             for process in found:
                 with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,8 +1,10 @@
 """Nodes that share no file, and are lost: whichever and when, the pipeline ends as in peace.
 
 They are machines (tests/machines.py) with addresses, homes, working folders and temporary files of
-their own; what they have in common is a bucket and an MLflow server. The power of a node fails at
-a moment that its own requests to the bucket tell: in the middle of each stage.
+their own; what they have in common is a bucket and an MLflow server. A node is lost at a moment
+that its own requests to the bucket tell: in the middle of each stage. While it trains or serves its
+power fails, and nobody is told. From a task Ray would wait for an answer for minutes then, so in
+the other stages it is lost as a virtual machine is, whose kernel closes its connections.
 """
 
 import base64
@@ -17,7 +19,7 @@ import pytest
 from pipeline import storage
 from pipeline.storage import Manifest
 from tests.conftest import Workplace, end, tiny_command, wait_for
-from tests.machines import HOME, Machine, why_not
+from tests.machines import Machine, why_not
 from tests.rooms import Room
 from tests.test_pipeline import metric_history
 
@@ -68,7 +70,7 @@ class PowerCuts:
             victim = victim or nodes[0]
         if victim is not None:
             self.lost[stage] = victim
-            cluster.replace(victim)
+            cluster.replace(victim, silently=stage == "train")
         return ""
 
 
@@ -149,7 +151,7 @@ def test_a_node_lost_while_it_draws_takes_no_image_with_it(
         thread.start()
         (node, *_) = [node for node in cluster.nodes.values() if node.processes(SAMPLER)]
         wait_for(lambda: service.get("/v1/engine")["requests"], 20, "the request")
-        node.lose()
+        node.lose(silently=True)
         thread.join()
     finally:
         end(process)
@@ -169,6 +171,6 @@ def test_what_only_the_head_sees_is_refused_before_any_work(cluster: Cluster) ->
     finally:
         end(process)
     assert process.returncode == 2, output
-    assert f"error: storage={HOME}/runs is on this machine, and the cluster's node" in output
+    assert re.search("error: storage=.*/runs is on this machine, and the cluster's node", output)
     assert "does not see it: choose a place that all nodes reach, such as --set storage" in output
     assert not (cluster.head.home / "runs" / "preprocess").exists()
