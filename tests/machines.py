@@ -28,6 +28,8 @@ mount -t tmpfs none /dev/shm
 mount -t tmpfs none /tmp
 mkdir -p "{ROOT}" {HOME}
 mount --bind /mnt "{ROOT}"  # again, where it was in /tmp
+touch /tmp/hosts
+mount --bind /tmp/hosts /etc/hosts
 hostname "$NAME"
 ip link set lo up
 echo up
@@ -101,6 +103,8 @@ class Machine:
         (init,) = psutil.Process(self._process.pid).children()
         self.pid = init.pid
         self.address, self._cable = lan.connect(self.pid)
+        hosts = f"127.0.0.1 localhost\n{self.address} {name}\n"  # its own name leads to its address
+        (self.tmp / "hosts").write_text(hosts)
         self._started: list[subprocess.Popen[str]] = []
 
     @property

@@ -31,6 +31,7 @@ from tests.service import Service
 pytestmark = pytest.mark.ray
 
 RUNS = "s3://bucket/runs"
+PART = re.compile(r"^PUT .*/preprocess/.*\.parquet")
 PORT = 8000
 RANK, SAMPLER = "RayTrainWorker", "Sampler"
 """In the titles of Ray's processes."""
@@ -49,8 +50,8 @@ class PowerCuts:
         self.cluster: Cluster | None = None
         self.lost: dict[str, Machine | Room] = {}
         """By stage."""
-        self.ranks: list[set[str]] = []
-        """The nodes of the training, when one of them is lost."""
+        self.ranks: dict[str, int] = {}
+        """How many ranks each machine has when one of them is lost."""
         self._is_trained = False
 
     def __call__(self, number: int, method: str, path: str) -> str:
@@ -65,9 +66,10 @@ class PowerCuts:
             return ""
         victim = cluster.nodes.get(cluster.bucket.keys[number])
         if stage == "train":
-            nodes = [node for node in cluster.nodes.values() if node.processes(RANK)]
-            self.ranks.append({node.name for node in nodes})
-            victim = victim or nodes[0]
+            machines = (cluster.head, *cluster.nodes.values())
+            ranks = {machine.name: len(machine.processes(RANK)) for machine in machines}
+            self.ranks = {name: number for name, number in ranks.items() if number}
+            victim = next(node for name, node in cluster.nodes.items() if name in self.ranks)
         if victim is not None:
             self.lost[stage] = victim
             cluster.replace(victim, silently=stage == "train")
@@ -126,6 +128,13 @@ def test_a_node_lost_in_every_stage_changes_nothing(
     assert process.returncode == 0, output
     assert list(cuts.lost) == ["preprocess", "train", "evaluate"], output
     assert_all_is_as_in_peace(cluster, tiny)
+    assert list(cuts.ranks.values()) == [1, 1]
+    bucket = cluster.bucket
+    pairs = zip(bucket.requests, bucket.keys, strict=True)
+    assert len({key for (method, path, _), key in pairs if PART.search(f"{method} {path}")}) > 1
+    machines = (cluster.head, *cluster.nodes.values())
+    caches = [path for m in machines for path in m.tmp.glob("ray-ddpm-cache-*/*/images.npy")]
+    assert len({path.stat().st_dev for path in caches} if cluster.lan else caches) > 1
 
 
 @pytest.mark.skipif(
