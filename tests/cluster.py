@@ -6,10 +6,12 @@ no machines can be made they are rooms, see tests/rooms.py.
 
 import contextlib
 import functools
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 import pytest
@@ -147,9 +149,10 @@ class Cluster:
             yield
         S3FileSystem.clear_instance_cache()
 
-    def tracked(self) -> Workplace:
-        """Where the database of MLflow is, as the workplaces of other tests have it."""
-        return Workplace(self.mlflow.home)
+    def tracked(self, folder: Path) -> Workplace:
+        """A copy of MLflow's database, where the workplaces of other tests have it."""
+        shutil.copy(self.mlflow.home / "mlflow.db", folder)  # sqlite opens none of another machine
+        return Workplace(folder)
 
     def _environment(self, machine: Machine | Room) -> dict[str, str]:
         return ENVIRONMENT | self.s3.environment(self.bucket.endpoint, machine.name)

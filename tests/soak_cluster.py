@@ -180,7 +180,8 @@ def kill(process: psutil.Process) -> None:
 
 @pytest.mark.ray
 def test_a_cluster_killed_at_random_loses_nothing(tmp_path: Path) -> None:
-    quiet = Workplace(tmp_path)
+    quiet = Workplace(tmp_path / "quiet")
+    quiet.folder.mkdir()
     begin = time.monotonic()
     quiet.ddpm(*tiny_command("run", *SETTINGS), timeout=900)
     print(f"\nin peace, on this machine: {time.monotonic() - begin:.0f} s")
@@ -190,7 +191,7 @@ def test_a_cluster_killed_at_random_loses_nothing(tmp_path: Path) -> None:
         seconds = time.monotonic() - disturbed.begin
         print(f"{disturbed.kills} kills, {disturbed.attempts} attempts, {seconds:.0f} s")
         assert disturbed.kills == KILLS, "it ended too soon: make it longer"
-        assert_all_is_as_in_peace(disturbed.cluster, quiet)
+        assert_all_is_as_in_peace(disturbed.cluster, quiet, tmp_path)
     finally:
         end(disturbed.process)
         disturbed.cluster.close()
