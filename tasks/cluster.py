@@ -4,7 +4,8 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -23,6 +24,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "3600",
 }
 """Of the worker processes, where it does not say otherwise already."""
+MOST_ASKED, LONGEST_LOOK = 16, 60.0
+"""Nodes that are asked whether they see a folder, and the seconds that they are given."""
 
 
 def default_address(config: ClusterConfig) -> str | None:
@@ -96,6 +99,44 @@ def connect(
         yield os.path.join(str(context.address_info["session_dir"]), "logs")
     finally:
         ray.shutdown()
+
+
+def check_shared(places: Mapping[str, tuple[str, str]]) -> None:
+    """Raise ClusterError where another node does not see a folder of this machine that it needs.
+
+    Args:
+        places: the folder and what helps, by what the user has said, such as `storage=runs`.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    if not places or not others:
+        return
+    with contextlib.ExitStack() as stack:
+        marks = {}
+        for place, (folder, _) in places.items():
+            mark = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-"))
+            marks[place] = mark.name
+        look = ray.remote(num_cpus=0, max_retries=0)(_not_there)
+        looks = {}
+        for node in others[:MOST_ASKED]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            looks[look.options(scheduling_strategy=there).remote(marks)] = node
+        done, _ = ray.wait(list(looks), num_returns=len(looks), timeout=LONGEST_LOOK)
+        for result in done:
+            with contextlib.suppress(ray.exceptions.RayError):  # a node that was lost just now
+                if missing := ray.get(result):
+                    raise ClusterError(
+                        f"{missing[0]} is on this machine, and the cluster's node "
+                        f"{looks[result]['NodeManagerAddress']} does not see it: "
+                        f"{places[missing[0]][1]}"
+                    )
+
+
+def _not_there(marks: dict[str, str]) -> list[str]:
+    return [place for place, mark in marks.items() if not os.path.exists(mark)]
 
 
 def _num_cores() -> int:

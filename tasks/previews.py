@@ -144,7 +144,7 @@ class Previews:
         self._waiting: deque[tuple[int, str]] = deque()
         self._running: tuple[int, Any] | None = None
         self._made: deque[Made] = deque()
-        self._task = ray.remote(num_cpus=0, max_retries=1)(preview)
+        self._task = ray.remote(num_cpus=0, max_retries=3)(preview)
 
     def add(self, step: int, uri: str) -> None:
         """A checkpoint; the same step again is harmless."""

@@ -9,6 +9,7 @@ import contextlib
 import time
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions
 
@@ -19,18 +20,25 @@ from tasks.ingress import Ingress
 from tasks.sampler import Sampler
 
 APPLICATION = "ddpm"
+NODE_ID = "ray.io/node-id"
+"""The label by which Ray knows a node."""
 PATIENCE = 10.0
 """Seconds that a replica is given beyond the longest request, to end what it has in hand."""
 
 
 def application(
-    model: ModelReference, called: str, config: ServingConfig, keys: dict[str, str]
+    model: ModelReference,
+    called: str,
+    config: ServingConfig,
+    keys: dict[str, str],
+    node: str | None = None,
 ) -> serve.Application:
     """The application: an ingress over samplers.
 
     Args:
         called: how the user named the model; a request may name it so too.
         keys: the name of each client by the sha256 of its API key; none: everybody is served.
+        node: the id of Ray's node that the ingress is to be on; None: wherever Serve puts it.
     """
     # the decorators make deployments of the classes, which mypy does not see
     sampler: Any = Sampler
@@ -53,7 +61,10 @@ def application(
     patience = {"graceful_shutdown_timeout_s": config.max_seconds + PATIENCE}
     options = {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica}
     replicas = sampler.options(**number, **patience, ray_actor_options=options)
-    return ingress.options(**patience).bind(
+    # it holds the requests, so that no other node that is lost takes them with it
+    selector = {"label_selector": {NODE_ID: node}} if node else {}
+    there = {**ingress.ray_actor_options, **selector}
+    return ingress.options(**patience, ray_actor_options=there).bind(
         replicas.bind(model, config), model, called, config, keys
     )
 
@@ -66,9 +77,13 @@ def start(
     host: str,
     port: int,
 ) -> None:
-    """Deploy on the connected Ray and return when the model is loaded and answers."""
+    """Deploy on the connected Ray and return when the model is loaded and answers.
+
+    The ingress is on the node of this command, where the service is reached.
+    """
     serve.start(http_options=HTTPOptions(host=host, port=port))
-    serve.run(application(model, called, config, keys), name=APPLICATION, route_prefix="/")
+    node = ray.get_runtime_context().get_node_id()
+    serve.run(application(model, called, config, keys, node), name=APPLICATION, route_prefix="/")
 
 
 def wait_until_interrupted() -> None:

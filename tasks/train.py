@@ -150,6 +150,10 @@ def run(ctx: StageContext) -> Outcome:
         raise failure[0]
     ctx.progress.update(config.training.steps, "previews")
     info = checkpoint.read(ctx.folder, config.training.steps)
+    for kept in checkpoint.complete_checkpoints(
+        ctx.folder
+    ):  # of which a lost reporter did not tell
+        previews.add(kept.step, kept.uri)
     previews.make(wait=True)
     begin = time.monotonic()
     while True:

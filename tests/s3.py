@@ -1,6 +1,7 @@
 """An S3 server on this machine (moto's, over real HTTP), and a proxy that makes it unreliable."""
 
 import http.client
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -41,11 +42,11 @@ class S3:
     def put(self, key: str, data: bytes) -> None:
         self._request("PUT", f"/bucket/{key}", data)
 
-    def environment(self, endpoint: str | None = None) -> dict[str, str]:
-        """What a process needs to find it."""
+    def environment(self, endpoint: str | None = None, key: str = "test") -> dict[str, str]:
+        """What a process needs to find it, with an access key of its own."""
         return {
             "AWS_ENDPOINT_URL": endpoint or self.endpoint,
-            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_ACCESS_KEY_ID": key,
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_CONFIG_FILE": "/dev/null",
@@ -69,9 +70,11 @@ class S3:
 class Unreliable:
     """A proxy before an S3 server; `fault` says what goes wrong with each request."""
 
-    def __init__(self, server: S3, fault: Fault) -> None:
+    def __init__(self, server: S3, fault: Fault, address: str = "127.0.0.1") -> None:
         self.requests: list[tuple[str, str, str]] = []
         """(method, path, what went wrong) of each, in order."""
+        self.keys: list[str] = []
+        """The access key of each request: whose it is."""
         lock = threading.Lock()
         proxy = self
 
@@ -87,6 +90,8 @@ class Unreliable:
             def _forward(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 with lock:
+                    signed = re.search("Credential=([^/]+)/", self.headers["Authorization"] or "")
+                    proxy.keys.append(signed[1] if signed else "")
                     wrong = fault(len(proxy.requests), self.command, self.path)
                     proxy.requests.append((self.command, self.path, wrong))
                 if wrong in REFUSALS:
@@ -127,9 +132,9 @@ class Unreliable:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer((address, 0), Handler)
         self._server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.endpoint = f"http://{address}:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:

@@ -62,6 +62,19 @@ def make_plan(config: "RunConfig", tracking_uri: str, target: str = "sample", **
     return workflow.plan(config, tracking_uri, target, **how)
 
 
+def own_places(tracking_uri: str, storage_uri: str | None = None) -> dict[str, tuple[str, str]]:
+    """What lies on this machine, see `cluster.check_shared`."""
+    places = {}
+    if storage_uri is not None and (folder := storage.local_path(storage_uri)) is not None:
+        remedy = "choose a place that all nodes reach, such as --set storage=s3://BUCKET/FOLDER"
+        places[f"storage={folder}"] = str(folder), remedy
+    if tracking_uri.startswith(SQLITE):
+        folder = Path(tracking_uri.removeprefix(SQLITE)).parent
+        remedy = "start an MLflow server, and set MLFLOW_TRACKING_URI or tracking.uri to it"
+        places[f"tracking.uri={tracking_uri}"] = str(folder), remedy
+    return places
+
+
 def print_plan(plan: "Plan") -> None:
     for stage in plan.stages:
         state = "cached  " if stage.done else "will run"

@@ -7,7 +7,7 @@ import typer
 
 from pipeline import storage
 from pipeline.errors import DataError, ModelNotFound, PipelineError, RequestError, UserError
-from tasks.commands.base import ModelArg, tracking_uri, validated
+from tasks.commands.base import ModelArg, own_places, tracking_uri, validated
 from tasks.console import Board, console, log_to_file, shown
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def sample(
     storage.check_writable(folder, remedy="choose another folder with --out")
     log_to_file(None)
     with cluster.connect(ClusterConfig(), num_cpus=1, num_gpus=0), Board() as board:
+        cluster.check_shared(own_places(reference.tracking_uri))
         bar = board.add("sample")
         bar.start(n, "samples")
         columns = max(1, round(min(n, stage.MAX_GRID_IMAGES) ** 0.5))

@@ -6,7 +6,12 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.errors import ConfigError
-from tasks.commands.base import ModelArg, tracking_uri, treat_sigterm_as_ctrl_c
+from tasks.commands.base import (
+    ModelArg,
+    own_places,
+    tracking_uri,
+    treat_sigterm_as_ctrl_c,
+)
 from tasks.console import console, log_to_file, shown
 
 
@@ -48,6 +53,7 @@ def serve(
     num_cpus = serving.min_replicas * serving.cpus_per_replica
     num_gpus = serving.min_replicas * serving.gpus_per_replica
     with cluster.connect(ClusterConfig(), num_cpus, num_gpus):
+        cluster.check_shared(own_places(reference.tracking_uri))
         serve_log = logging.getLogger("ray.serve")  # it has a handler of its own, for the terminal
         serve_log.handlers = logging.getLogger().handlers
         serve_log.propagate = False

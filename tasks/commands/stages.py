@@ -16,6 +16,7 @@ from tasks.commands.base import (
     SetOption,
     load,
     make_plan,
+    own_places,
     print_plan,
     treat_sigterm_as_ctrl_c,
 )
@@ -69,6 +70,9 @@ def _run_stages(
             """Once, and only if there is something for it to do."""
             ray_logs = stack.enter_context(cluster.connect(config.cluster))
             treat_sigterm_as_ctrl_c()
+            # the tasks of `sample`, the last stage, are the only ones that use MLflow
+            own = own_places(tracking_uri if target == "sample" else "", config.storage)
+            cluster.check_shared(own)
             logging.info("the logs of Ray are in %s", ray_logs)
 
         def look_into(pieces: list["Piece"], keep_in: str | None) -> Iterator[tuple[int, Any]]:

@@ -1,0 +1,186 @@
+"""Nodes that share no file, and are lost: whichever and when, the pipeline ends as in peace.
+
+They are machines (tests/machines.py) with addresses, homes, working folders and temporary files of
+their own; what they have in common is a bucket and an MLflow server. A node is lost at a moment
+that its own requests to the bucket tell: in the middle of each stage. While it trains or serves its
+power fails, and nobody is told. From a task Ray would wait for an answer for minutes then, so in
+the other stages it is lost as a virtual machine is, whose kernel closes its connections.
+"""
+
+import base64
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import storage
+from pipeline.storage import Manifest
+from tests.conftest import Workplace, end, tiny_command, wait_for
+from tests.machines import Machine, why_not
+from tests.rooms import Room
+from tests.test_pipeline import metric_history
+
+pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
+
+from tests.cluster import Cluster
+from tests.service import Service
+
+pytestmark = pytest.mark.ray
+
+RUNS = "s3://bucket/runs"
+PART = re.compile(r"^PUT .*/preprocess/.*\.parquet")
+PORT = 8000
+RANK, SAMPLER = "RayTrainWorker", "Sampler"
+"""In the titles of Ray's processes."""
+
+
+class PowerCuts:
+    """A node is lost in each of three stages, and another comes."""
+
+    DUE = (
+        ("preprocess", "PUT", r"/preprocess/.*\.parquet"),
+        ("train", "PUT", r"/train/.*/step-000000040/"),
+        ("evaluate", "GET", r"/train/.*/step-000000060/ema"),  # by what draws and measures
+    )
+
+    def __init__(self) -> None:
+        self.cluster: Cluster | None = None
+        self.lost: dict[str, Machine | Room] = {}
+        """By stage."""
+        self.ranks: dict[str, int] = {}
+        """How many ranks each machine has when one of them is lost."""
+        self._is_trained = False
+
+    def __call__(self, number: int, method: str, path: str) -> str:
+        cluster = self.cluster
+        if cluster is None or len(self.lost) == len(self.DUE):
+            return ""
+        self._is_trained |= method == "PUT" and bool(re.search("/train/.*/manifest.json", path))
+        stage, of_method, pattern = self.DUE[len(self.lost)]
+        if method != of_method or not re.search(pattern, path):
+            return ""
+        if stage == "evaluate" and not self._is_trained:  # a preview
+            return ""
+        victim = cluster.nodes.get(cluster.bucket.keys[number])
+        if stage == "train":
+            machines = (cluster.head, *cluster.nodes.values())
+            ranks = {machine.name: len(machine.processes(RANK)) for machine in machines}
+            self.ranks = {name: number for name, number in ranks.items() if number}
+            victim = next(node for name, node in cluster.nodes.items() if name in self.ranks)
+        if victim is not None:
+            self.lost[stage] = victim
+            cluster.replace(victim, silently=stage == "train")
+        return ""
+
+
+@pytest.fixture(scope="module")
+def cuts() -> PowerCuts:
+    return PowerCuts()
+
+
+@pytest.fixture(scope="module")
+def cluster(cuts: PowerCuts) -> Iterator[Cluster]:
+    cluster = Cluster(cuts)
+    try:
+        cluster.wait()
+        cuts.cluster = cluster
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def manifest(stage: str) -> Manifest:
+    (name,) = storage.list_names(f"{RUNS}/{stage}")
+    found = storage.read_manifest(f"{RUNS}/{stage}/{name}")
+    assert found is not None
+    return found
+
+
+def assert_all_is_as_in_peace(cluster: Cluster, quiet: Workplace, folder: Path) -> None:
+    """Every output, figure and metric, bit for bit; but for what says how fast it went."""
+    with cluster.reached():
+        for stage in ("preprocess", "reference", "train", "sample"):
+            made, wanted = manifest(stage), quiet.manifest(stage)
+            assert made.id == wanted["id"]
+            files = [file.model_dump() for file in made.files]
+            assert lasting(files) == lasting(wanted["files"])
+        figures = manifest("evaluate").stats["figures"]
+        assert figures == quiet.manifest("evaluate")["stats"]["figures"]
+    tracked = cluster.tracked(folder)
+    for name in ("loss", "lr", "grad_norm", "holdout_loss", "class_accuracy"):
+        assert metric_history(tracked, name) == metric_history(quiet, name)
+
+
+def lasting(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [file for file in files if not file["path"].endswith("/state.json")]
+
+
+def test_a_node_lost_in_every_stage_changes_nothing(
+    tiny: Workplace, cluster: Cluster, cuts: PowerCuts, tmp_path: Path
+) -> None:
+    process = cluster.start(*tiny_command("run", f"storage={RUNS}"))
+    try:
+        output, _ = process.communicate(timeout=400)
+    finally:
+        end(process)
+    assert process.returncode == 0, output
+    assert list(cuts.lost) == ["preprocess", "train", "evaluate"], output
+    assert_all_is_as_in_peace(cluster, tiny, tmp_path)
+    assert list(cuts.ranks.values()) == [1, 1]
+    bucket = cluster.bucket
+    pairs = zip(bucket.requests, bucket.keys, strict=True)
+    assert len({key for (method, path, _), key in pairs if PART.search(f"{method} {path}")}) > 1
+    machines = (cluster.head, *cluster.nodes.values())
+    caches = [path for m in machines for path in m.tmp.glob("ray-ddpm-cache-*/*/images.npy")]
+    assert len({path.stat().st_dev for path in caches} if cluster.lan else caches) > 1
+
+
+@pytest.mark.skipif(
+    bool(why_not()),
+    reason=f"nodes of one address share a port ({why_not()}): run the tests as root on Linux",
+)
+def test_a_node_lost_while_it_draws_takes_no_image_with_it(
+    tiny: Workplace, cluster: Cluster, tmp_path: Path
+) -> None:
+    said = cluster.head.tmp / "serve.log"
+    options = ["--replicas", "2", "--host", "0.0.0.0", "--port", str(PORT)]
+    with said.open("w") as log:
+        process = cluster.start("serve", "digits@champion", *options, stdout=log)
+    try:
+        wait_for(lambda: "\nlog " in said.read_text() or process.poll(), 120, "the service")
+        assert process.poll() is None, said.read_text()
+        service = Service(f"http://{cluster.head.address}:{PORT}", PORT, process, "")
+        body = {"n": 32, "seed": 11, "class_label": 3, "num_inference_steps": 200}
+        quiet = service.images(**body)
+        assert len({image["replica"] for image in quiet}) == 2
+        replies: list[tuple[int, Any]] = []
+        thread = threading.Thread(target=lambda: replies.append(service.post(body)))
+        thread.start()
+        (node, *_) = [node for node in cluster.nodes.values() if node.processes(SAMPLER)]
+        wait_for(lambda: service.get("/v1/engine")["requests"], 20, "the request")
+        node.lose(silently=True)
+        thread.join()
+    finally:
+        end(process)
+    ((status, reply),) = replies
+    assert status == 200, reply
+    assert [image["b64_json"] for image in reply["data"]] == [image["b64_json"] for image in quiet]
+    assert len({image["replica"] for image in reply["data"]}) == 1, "the other has died"
+
+    (tmp_path / "31.png").write_bytes(base64.b64decode(reply["data"][31]["b64_json"]))
+    assert "bit for bit" in tiny.quick("reproduce", str(tmp_path / "31.png"))
+
+
+def test_what_only_the_head_sees_is_refused_before_any_work(cluster: Cluster) -> None:
+    process = cluster.start(*tiny_command("preprocess"))
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        end(process)
+    assert process.returncode == 2, output
+    assert re.search("error: storage=.*/runs is on this machine, and the cluster's node", output)
+    assert "does not see it: choose a place that all nodes reach, such as --set storage" in output
+    assert not (cluster.head.home / "runs" / "preprocess").exists()
