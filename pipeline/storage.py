@@ -97,7 +97,9 @@ def list_names(uri: str) -> list[str]:
             entries = fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+    paths = {entry.rstrip("/") for entry in entries}
+    paths.discard(path.rstrip("/"))  # the empty object that some clients make for a folder
+    return sorted(entry.rsplit("/", 1)[-1] for entry in paths)
 
 
 def read_bytes(uri: str, remedy: str = REMEDY) -> bytes:
