@@ -121,7 +121,7 @@ def test_a_run_goes_through_while_the_bucket_stumbles_and_mlflow_is_restarted(
             assert [point.step for point in history] == list(range(5, 61, 5))
             assert place.ddpm(*command, **environment).count("cached") >= len(STAGES)
             place.ddpm("sample", "images_s3@champion", "-n", "2", "--steps", "3", **environment)
-            assert len(list(place.folder.glob("samples/*/0001.png"))) == 1
+            assert (place.folder / "samples" / "0001.png").is_file()
     finally:
         end(process)
         proxy.close()
