@@ -31,6 +31,8 @@ def main() -> None:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         print(f"attempt {attempt} of {attempts} {how}: the next goes on", file=sys.stderr)
         time.sleep(PAUSE_SECONDS)
+        if stopped:
+            break
     sys.exit(code if code >= 0 else 128 - code)
 
 

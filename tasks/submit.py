@@ -68,13 +68,13 @@ class Jobs:
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/") if "://" in address else f"http://{address}"
-        logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every file that it packs
         self._client = self._connect()
 
     def _connect(self) -> "JobSubmissionClient":
         import ray
         from ray.job_submission import JobSubmissionClient
 
+        logging.disable(logging.INFO)  # its client tells of what it packs and sends
         there = self._version()  # Ray's client would wait for minutes, and takes any version
         if there not in ("", ray.__version__):
             self._refuse(
