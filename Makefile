@@ -32,8 +32,9 @@ lint: install    ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-soak: install    ## Kill trainings at random, longer than the suite may take
-	$(BIN)/python -m pytest tests/soak.py -s
+soak: install    ## Kill trainings and nodes at random, longer than the suite may take
+	$(BIN)/python -m pytest -m "" tests/soak.py tests/soak_cluster.py tests/test_nodes.py -s
+	$(BIN)/python -m pytest -m soak tests/test_pipeline.py
 
 load: install    ## Load a service with all kinds of clients and kill its replicas, for five minutes
 	$(BIN)/python -m pytest tests/load.py -s

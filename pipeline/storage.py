@@ -92,7 +92,6 @@ def list_names(uri: str) -> list[str]:
     """The names in a folder, sorted; empty if there is no such folder."""
     fs, path = _open_fs(uri)
     with _explained("list", uri):
-        fs.invalidate_cache(path)
         try:
             entries = fs.ls(path, detail=False)
         except (FileNotFoundError, NotADirectoryError):
@@ -325,7 +324,8 @@ _fs_lock = threading.Lock()
 def _open_fs(uri: str) -> tuple[Any, str]:
     try:
         with _fs_lock:  # fsspec's registry imports backends lazily
-            fs, path = url_to_fs(uri)
+            # others write here, so what a folder was seen to hold is not remembered
+            fs, path = url_to_fs(uri, use_listings_cache=False)
     except Exception as error:  # whatever the package of that scheme raises
         raise StorageError(
             f"storage URI {uri!r} cannot be opened ({error}); known schemes are a local path, "

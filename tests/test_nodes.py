@@ -138,6 +138,7 @@ def test_a_node_lost_in_every_stage_changes_nothing(
     assert len({path.stat().st_dev for path in caches} if cluster.lan else caches) > 1
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(
     bool(why_not()),
     reason=f"nodes of one address share a port ({why_not()}): run the tests as root on Linux",

@@ -344,6 +344,7 @@ def test_lost_workers_and_controllers_are_replaced_and_nothing_changes(
     assert_ends_like_the_quiet_run(place, tiny)
 
 
+@pytest.mark.soak
 def test_elastic_workers_follow_the_nodes_that_come_and_are_lost(
     tiny: Workplace, tmp_path: Path
 ) -> None:
@@ -517,6 +518,7 @@ def test_a_batch_larger_than_the_data_is_refused(tiny: Workplace, tmp_path: Path
     assert "error: training.batch_size=4096 is more than the 15" in output.splitlines()[-1]
 
 
+@pytest.mark.soak
 def test_training_goes_on_while_mlflow_is_away_and_nothing_is_lost(
     tiny: Workplace, tmp_path: Path
 ) -> None:

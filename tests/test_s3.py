@@ -178,6 +178,16 @@ def test_what_s3_refuses_or_never_answers_is_one_sentence(s3: S3, here: pytest.M
     assert "\n" not in str(refused.value)
 
 
+def test_what_another_process_writes_into_a_folder_that_was_listed_is_seen(
+    s3: S3, here: pytest.MonkeyPatch
+) -> None:
+    s3.put("listed/one", b"1")
+    assert storage.list_names("s3://bucket/listed") == ["one"]
+    s3.put("listed/two", b"2")
+    assert storage.read_bytes("s3://bucket/listed/two") == b"2"
+    assert storage.exists("s3://bucket/listed/two")
+
+
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [

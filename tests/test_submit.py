@@ -46,7 +46,8 @@ def head() -> Iterator[Head]:
     bin = Path(sys.executable).parent
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets want a short path
         start = f"start --head --block --num-cpus=4 --port={gcs} --dashboard-port={port}"
-        start += f" --temp-dir={folder} --node-ip-address=127.0.0.1 --ray-client-server-port={client}"
+        start += f" --temp-dir={folder} --node-ip-address=127.0.0.1"
+        start += f" --ray-client-server-port={client}"
         process = subprocess.Popen(
             [str(bin / "ray"), *start.split(), "--disable-usage-stats"],
             env={
@@ -82,7 +83,8 @@ def place(tmp_path: Path) -> Workplace:
 
 def command(address: str, *more: str, sets: tuple[str, ...] = ()) -> list[str]:
     """`ddpm submit` of the tiny run."""
-    words = [word for value in [*TINY, *sets] for word in ("--set", value)]
+    few = ("evaluation.during_training=0", *sets)
+    words = [word for value in [*TINY, *few] for word in ("--set", value)]
     return ["submit", "digits.yaml", "--address", address, *words, *more]
 
 
