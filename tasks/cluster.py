@@ -78,10 +78,8 @@ def connect(
             )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = "a local Ray" if address is None else f"the Ray cluster at {address}"
-        reason, remedy = (
-            str(error).splitlines()[0],
-            "check cluster.address, RAY_ADDRESS and the head",
-        )
+        reason = str(error).splitlines()[0]
+        remedy = "check cluster.address, RAY_ADDRESS and the head"
         if reason.startswith("Version mismatch"):
             reason, remedy = " ".join(str(error).split()), "install the same here and there"
         raise ClusterError(

@@ -31,6 +31,8 @@ NOT_SENT = ["runs", "mlruns", "mlflow.db*", "samples"]
 ANSWER_SECONDS = 10.0
 AWAY_SECONDS = 60.0
 """So long may a head that had answered be away."""
+START_SECONDS = 60.0
+"""So long may a head take until it can start a job."""
 STOP_SECONDS = 30.0
 POLL_SECONDS = 1.0
 
@@ -150,23 +152,28 @@ class Jobs:
         id = f"{run.key}-{len(earlier) + 1}"
         entrypoint = ["python", "-m", "tasks.attempts", str(attempts), "run", run.config]
         environment = {"working_dir": working_dir, "excludes": NOT_SENT} if working_dir else {}
-        try:
-            with self._explained():
-                self._client.submit_job(
-                    entrypoint=shlex.join([*entrypoint, *run.arguments]),
-                    submission_id=id,
-                    runtime_env={"image_uri": image} if image else environment,
-                    metadata={RUN: run.key, CONFIG: run.config, BY: _me()},
-                )
-        except ClusterError as error:
-            if "already exists" in str(error):  # somebody else has just done so
-                return id, False
-            if "exceeds the maximum size" in str(error):
-                raise ClusterError(
-                    f"{error}; name in .gitignore what the run does not need"
-                ) from error
-            raise
-        return id, True
+        begin = time.monotonic()
+        while True:
+            try:
+                with self._explained():
+                    self._client.submit_job(
+                        entrypoint=shlex.join([*entrypoint, *run.arguments]),
+                        submission_id=id,
+                        runtime_env={"image_uri": image} if image else environment,
+                        metadata={RUN: run.key, CONFIG: run.config, BY: _me()},
+                    )
+                return id, True
+            except ClusterError as error:
+                if "already exists" in str(error):  # somebody else has just done so
+                    return id, False
+                if "exceeds the maximum size" in str(error):
+                    raise ClusterError(
+                        f"{error}; name in .gitignore what the run does not need"
+                    ) from error
+                is_starting = "No available agent" in str(error)
+                if not is_starting or time.monotonic() - begin > START_SECONDS:
+                    raise
+            time.sleep(POLL_SECONDS)
 
     def all(self) -> list["JobDetails"]:
         """Those that were submitted here, the newest last."""

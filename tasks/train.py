@@ -150,9 +150,8 @@ def run(ctx: StageContext) -> Outcome:
         raise failure[0]
     ctx.progress.update(config.training.steps, "previews")
     info = checkpoint.read(ctx.folder, config.training.steps)
-    for kept in checkpoint.complete_checkpoints(
-        ctx.folder
-    ):  # of which a lost reporter did not tell
+    # a reporter that was lost has not told of all of them
+    for kept in checkpoint.complete_checkpoints(ctx.folder):
         previews.add(kept.step, kept.uri)
     previews.make(wait=True)
     begin = time.monotonic()

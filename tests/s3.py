@@ -29,7 +29,7 @@ REFUSALS = {
 
 
 class S3:
-    """A server with one bucket, `s3://bucket`."""
+    """A server with one bucket, `s3://bucket`; those of a process have it in common."""
 
     def __init__(self) -> None:
         self._server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)

@@ -307,7 +307,7 @@ def test_preprocessing_from_bucket_to_bucket_through_an_unreliable_server(
     faults = ("500", "503", "cut", "slow")
     proxy = Unreliable(s3, lambda i, *_: faults[i // 7 % 4] if i % 7 == 6 else "")
     place = Workplace(tmp_path)
-    sets = [*SMALL, "data.source=s3://bucket/photos", "storage=s3://bucket/runs"]
+    sets = [*SMALL, "data.source=s3://bucket/photos", "storage=s3://bucket/both"]
     command = tiny_command("preprocess", *sets)
     processes = [place.start(*command, **s3.environment(proxy.endpoint)) for _ in range(2)]
     for process in processes:
@@ -315,8 +315,8 @@ def test_preprocessing_from_bucket_to_bucket_through_an_unreliable_server(
         assert process.returncode == 0, output
     assert {wrong for _, _, wrong in proxy.requests} == {"", *faults}
     proxy.close()
-    (name,) = storage.list_names("s3://bucket/runs/preprocess")
-    folder = f"s3://bucket/runs/preprocess/{name}"
+    (name,) = storage.list_names("s3://bucket/both/preprocess")
+    folder = f"s3://bucket/both/preprocess/{name}"
     assert manifest_in(folder)["stats"]["num_bad"] == 0
 
     for name, data in PHOTOS.items():

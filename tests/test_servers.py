@@ -73,9 +73,9 @@ def here(elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 def test_a_run_goes_through_while_the_bucket_stumbles_and_mlflow_is_restarted(
     elsewhere: Elsewhere, here: None, tmp_path: Path
 ) -> None:
-    place, runs = Workplace(tmp_path), "s3://bucket/runs"
+    place, runs = Workplace(tmp_path), "s3://bucket/servers"
     proxy = Unreliable(
-        elsewhere.s3, lambda i, *_: FAULTS[i // 29 % len(FAULTS)] if i % 29 == 28 else ""
+        elsewhere.s3, lambda i, *_: FAULTS[i // 61 % len(FAULTS)] if i % 61 == 60 else ""
     )
     environment = {
         **elsewhere.s3.environment(proxy.endpoint),
