@@ -188,7 +188,7 @@ def preprocess(c: dict[str, float], assumed: Assumed) -> str:
         row("memory of it opened", num_bytes(shards * c["opened_bytes"]))
     each = c["scan_bytes"] + c["task_bytes"] / assumed.images_per_shard
     most = assumed.head_gib * 2**30 / each
-    head = ["", *(f"{nodes:,} nodes, {images:.0e} images" for nodes, images in SIZES)]
+    head = ["", *(f"{of_nodes(nodes)}, {images:.0e} images" for nodes, images in SIZES)]
     return table(head, list(rows.items())) + (
         f"\nThe memory of the driver's node is full at {number(most)} images. Its tasks keep "
         f"{number(c['tasks'] * assumed.images_per_shard / per_core)} cores busy with "
@@ -245,6 +245,10 @@ def training(c: dict[str, float], assumed: Assumed) -> str:
     )
 
 
+def of_nodes(number: int) -> str:
+    return f"{number:,} node" + "s" * (number > 1)
+
+
 def all_reduce(size: float, n: int, assumed: Assumed) -> float:
     """Seconds in which a ring of n sums so many bytes: 2·size·(n-1)/n over the network's speed, and
     2·(n-1) hops (Thakur, Rabenseifner and Gropp 2005)."""
@@ -264,7 +268,7 @@ def evaluation(c: dict[str, float], assumed: Assumed) -> str:
         waves = -(-tasks // cores)
         rows["tasks"].append(f"{tasks:,}")
         rows["drawing them"].append(seconds(waves * IMAGES_PER_TASK * ROWS_PER_IMAGE / c["rows"]))
-    head = [f"{images:,} samples of fashion_mnist", *(f"{nodes:,} nodes" for nodes, _ in SIZES)]
+    head = [f"{images:,} samples of fashion_mnist", *(of_nodes(nodes) for nodes, _ in SIZES)]
     return table(head, list(rows.items()))
 
 
