@@ -61,6 +61,7 @@ def execute(arguments: list[str]) -> int:
     """Run a command and turn what it raises into one sentence; returns the exit code."""
     os.environ["MLFLOW_CONFIGURE_LOGGING"] = "false"  # it would print its log lines
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"  # and bars, where tqdm is there
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # and where a server shows a run
     # a training tries again itself, and has other things to do than to wait for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     _use_ray_token()

@@ -7,7 +7,6 @@ no machines can be made they are rooms, see tests/rooms.py.
 import contextlib
 import functools
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import IO
 import pytest
 from s3fs import S3FileSystem
 
-from tests.conftest import Workplace, wait_for
+from tests.conftest import Workplace, free_port, listens, wait_for
 from tests.machines import Lan, Machine, why_not
 from tests.rooms import Room
 from tests.s3 import S3, Fault, Unreliable
@@ -101,7 +100,7 @@ class Cluster:
         """Until all of it is there."""
         for machine in self.nodes.values():
             wait_for(functools.partial(has_joined, machine), 60, f"{machine.name} to join")
-        wait_for(lambda: listens(self.mlflow.address, self._mlflow_port), 120, "MLflow")
+        wait_for(lambda: listens(self._mlflow_port, self.mlflow.address), 120, "MLflow")
 
     def close(self) -> None:
         for machine in (self.head, *self.nodes.values(), self.mlflow):
@@ -160,16 +159,3 @@ class Cluster:
 
 def has_joined(machine: Machine | Room) -> bool:
     return "Ray runtime started" in (machine.tmp / "ray.log").read_text()
-
-
-def listens(address: str, port: int) -> bool:
-    with contextlib.suppress(OSError):
-        socket.create_connection((address, port), timeout=1).close()
-        return True
-    return False
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -1,6 +1,7 @@
 """An S3 server on this machine (moto's, over real HTTP), and a proxy that makes it unreliable."""
 
 import http.client
+import logging
 import re
 import threading
 import time
@@ -32,6 +33,7 @@ class S3:
     """A server with one bucket, `s3://bucket`; those of a process have it in common."""
 
     def __init__(self) -> None:
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)  # else a line for each request
         self._server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         self._server.start()
         host, port = self._server.get_host_and_port()

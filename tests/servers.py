@@ -8,7 +8,6 @@ import contextlib
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,19 +21,13 @@ from typing import TYPE_CHECKING
 import psutil
 
 from pipeline.data.images import png
-from tests.conftest import wait_for
+from tests.conftest import free_port, listens, wait_for
 
 if TYPE_CHECKING:
     from tests.s3 import S3
 
 DIGITS = "digits"
 """Where in the bucket the images are: digits/CLASS/NUMBER.png."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --- MLflow ---------------------------------------------------------------------------------------
@@ -121,17 +114,12 @@ def postgres() -> Iterator[str]:
         log = (Path(parent) / "log").open("wb")
         process = subprocess.Popen(server, user=user, cwd="/", stdout=log, stderr=log)
         try:
-            wait_for(lambda: _listens(port), 60, "PostgreSQL")
+            wait_for(lambda: listens(port), 60, "PostgreSQL")
             yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
         finally:
             process.terminate()
             process.wait()
             log.close()
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 # --- all of them ----------------------------------------------------------------------------------

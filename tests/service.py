@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import json
 import signal
-import socket
 import subprocess
 import threading
 import urllib.error
@@ -15,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from tests.conftest import Workplace, end
+from tests.conftest import Workplace, end, free_port
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,7 @@ class Service:
 @contextlib.contextmanager
 def served(place: Workplace, *options: str) -> Iterator[Service]:
     """`ddpm serve digits@champion` with these options; ended by Ctrl-C if it is still there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = place.start("serve", "digits@champion", "--port", str(port), *options)
     lines: list[str] = []
     ready = threading.Event()

@@ -13,14 +13,13 @@ from pipeline import storage
 from pipeline.data.sources import DataConfig, scan
 from pipeline.errors import StorageError
 from pipeline.registry.runs import make_client
-from tests.conftest import ENVIRONMENT, Workplace, end, tiny_command, wait_for
+from tests.conftest import ENVIRONMENT, Workplace, end, free_port, tiny_command, wait_for
 
 pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
 
 from tests.s3 import S3, Unreliable
 from tests.servers import (
     DIGITS,
-    free_port,
     mlflow_server,
     postgres,
     put_digits,
@@ -101,6 +100,8 @@ def test_a_run_goes_through_while_the_bucket_stumbles_and_mlflow_is_restarted(
         with mlflow_server(*server, **elsewhere.s3.environment()):
             output, _ = process.communicate(timeout=240)
             assert process.returncode == 0, output
+            assert f"MLflow   {elsewhere.tracking_uri}\n" in output
+            assert "View run" not in output  # which MLflow would say
             assert {wrong for _, _, wrong in proxy.requests} == {"", *FAULTS}
             for stage in STAGES:
                 folders = [

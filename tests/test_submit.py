@@ -18,7 +18,17 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from tests.conftest import ENVIRONMENT, ROOT, TINY, Workplace, end, ray_workers, wait_for
+from tests.conftest import (
+    ENVIRONMENT,
+    ROOT,
+    TINY,
+    Workplace,
+    end,
+    free_port,
+    listens,
+    ray_workers,
+    wait_for,
+)
 
 pytestmark = pytest.mark.ray
 TOKEN = "a-token-of-this-test-and-no-other-0123456789"
@@ -32,12 +42,6 @@ class Head(NamedTuple):
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +71,6 @@ def head() -> Iterator[Head]:
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()  # it would wait for them, and they for it
             end(process)
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.fixture

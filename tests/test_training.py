@@ -2,7 +2,6 @@
 
 import math
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from pipeline.training.ema import EmaConfig
 from pipeline.training.inputs import StepInputs, draw_inputs, draw_noise, step_inputs
 from pipeline.training.loop import StepRecord, TrainState, make_state, train
 from pipeline.training.objective import Rows, learned_schedule_loss, loss
+from tests.conftest import free_port
 
 SPEC = ModelSpec(
     network=UNetConfig(base_channels=8, channel_multipliers=[1, 2], attention_at=[4]),
@@ -224,12 +224,6 @@ def _rank_of_three(rank: int, port: int, folder: str) -> None:
 def test_three_workers_that_were_interrupted_end_bit_for_bit_as_if_not(tmp_path: Path) -> None:
     """What three add up depends on the order, and DDP has another order in its first step."""
     multiprocessing.spawn(_rank_of_three, (free_port(), str(tmp_path)), nprocs=3)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 TWO_RANKS = {

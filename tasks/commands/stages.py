@@ -135,12 +135,17 @@ def _print_where_to_look(plan: "Plan", target: str, log: Path) -> None:
             parts = [name] if name else []
             console.print(f"{what:<9}{shown(storage.join(plan.folder(stage), *parts))}")
     if target != "preprocess":
-        console.print(
-            f"MLflow   {command('mlflow')} ui --backend-store-uri {shown_uri(plan.tracking_uri)}"
-        )
+        console.print(f"MLflow   {_where_runs_are(plan.tracking_uri)}")
     if target == "sample":
         console.print(f"serve    {command('ddpm')} serve {_what_to_serve(plan)}")
     console.print(f"log      {shown(str(log))}")
+
+
+def _where_runs_are(tracking_uri: str) -> str:
+    """A server's page, or the command that starts one."""
+    if tracking_uri.startswith(("http://", "https://")):
+        return tracking_uri
+    return f"{command('mlflow')} ui --backend-store-uri {shown_uri(tracking_uri)}"
 
 
 def _what_to_serve(plan: "Plan") -> str:
