@@ -160,7 +160,7 @@ def run(ctx: StageContext) -> Outcome:
             "the images have no classes to fit an extractor to: give one, evaluation.extractor"
         )
     else:
-        ctx.progress.update(n, "figures")
+        ctx.progress.start(1, "comparison with real images")
         shard_set = ctx.inputs["preprocess"]
         measure = ray.remote(num_cpus=1, max_retries=3)(measure_samples)
         found, missing, pictures["neighbours.png"] = ray.get(
