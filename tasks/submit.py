@@ -149,7 +149,8 @@ class Jobs:
         for job in earlier:
             if not job.status.is_terminal():
                 return str(job.submission_id), False
-        id = f"{run.key}-{len(earlier) + 1}"
+        numbers = [int(str(job.submission_id).rsplit("-", 1)[-1]) for job in earlier]
+        id = f"{run.key}-{max(numbers, default=0) + 1}"
         entrypoint = ["python", "-m", "tasks.attempts", str(attempts), "run", run.config]
         environment = {"working_dir": working_dir, "excludes": NOT_SENT} if working_dir else {}
         begin = time.monotonic()
@@ -170,9 +171,14 @@ class Jobs:
                     raise ClusterError(
                         f"{error}; name in .gitignore what the run does not need"
                     ) from error
-                is_starting = "No available agent" in str(error)
-                if not is_starting or time.monotonic() - begin > START_SECONDS:
+                if "No available agent" not in str(error):
                     raise
+                if time.monotonic() - begin > START_SECONDS:  # it is not just about to start
+                    self._refuse(
+                        "its head starts no jobs, for Ray's agent there does not listen; if "
+                        "another Ray on that machine has port 52365, end that, or start the head "
+                        "with --dashboard-agent-listen-port and another"
+                    )
             time.sleep(POLL_SECONDS)
 
     def all(self) -> list["JobDetails"]:

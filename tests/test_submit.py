@@ -1,6 +1,7 @@
 """Runs as jobs of a real Ray head, which asks for a token."""
 
 import http.server
+import logging
 import os
 import shutil
 import signal
@@ -11,13 +12,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import pytest
+import ray
 
+from pipeline.errors import ClusterError
+from tasks import submit
 from tests.conftest import (
     ENVIRONMENT,
     ROOT,
@@ -46,12 +50,12 @@ class Head(NamedTuple):
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    port, gcs, client = free_port(), free_port(), free_port()
+    port, gcs, client, agent = free_port(), free_port(), free_port(), free_port()
     bin = Path(sys.executable).parent
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets want a short path
         start = f"start --head --block --num-cpus=4 --port={gcs} --dashboard-port={port}"
         start += f" --temp-dir={folder} --node-ip-address=127.0.0.1"
-        start += f" --ray-client-server-port={client}"
+        start += f" --ray-client-server-port={client} --dashboard-agent-listen-port={agent}"
         process = subprocess.Popen(
             [str(bin / "ray"), *start.split(), "--disable-usage-stats"],
             env={
@@ -219,23 +223,50 @@ def test_a_cluster_that_cannot_be_used_is_one_sentence(head: Head, place: Workpl
     )
     assert "nothing answers there" in refused(f"http://127.0.0.1:{free_port()}")
 
-    class Version(http.server.BaseHTTPRequestHandler):
-        text = b""
+    with answering("hello") as address:
+        assert "no job server of Ray; give the address" in refused(address)
+    with answering('{"ray_version": "2.9.0"}') as address:
+        assert "it runs Ray 2.9.0, and here is Ray 2." in refused(address)
 
+
+def test_a_head_whose_agent_does_not_listen_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another Ray on its machine has the port; so said Ray 2.60 for as long as it was asked."""
+    monkeypatch.setattr(submit, "START_SECONDS", 0.0)
+    monkeypatch.setattr(submit, "POLL_SECONDS", 0.0)
+    told = "No available agent to submit job, please try again later."
+    with (
+        answering(f'{{"ray_version": "{ray.__version__}"}}', jobs="[]", posted=told) as address,
+        pytest.raises(ClusterError, match="has port 52365, end that, or start the head with"),
+    ):
+        submit.Jobs(address).submit(submit.Run("digits", "", "digits.yaml", []), 1, None)
+
+
+@contextmanager
+def answering(version: str, jobs: str = "", posted: str = "") -> Iterator[str]:
+    """A server that is no head, but says these; what is posted is a 500. Yields its address."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(self.text)))
+            self._say(200, jobs if self.path.startswith("/api/jobs") else version)
+
+        def do_POST(self) -> None:
+            self._say(500, posted)
+
+        def _say(self, status: int, text: str) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
             self.end_headers()
-            self.wfile.write(self.text)
+            self.wfile.write(text.encode())
 
         def log_message(self, *_: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Version) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{other.server_port}"
-        Version.text = b"hello"
-        assert "no job server of Ray; give the address" in refused(address)
-        Version.text = b'{"ray_version": "2.9.0"}'
-        assert "it runs Ray 2.9.0, and here is Ray 2." in refused(address)
-        other.shutdown()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            logging.disable(logging.NOTSET)  # which `Jobs` had done for its client
