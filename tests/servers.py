@@ -125,11 +125,11 @@ def postgres() -> Iterator[str]:
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def put_digits(s3: "S3") -> None:
-    """scikit-learn's digits as a folder of PNG files a class."""
+def put_digits(s3: "S3", step: int = 1) -> None:
+    """Every step-th of scikit-learn's digits, as a folder of PNG files a class."""
     from pipeline.data.formats.digits import all_digits
 
-    for i, (pixels, label) in enumerate(zip(*all_digits(), strict=True)):
+    for i, (pixels, label) in list(enumerate(zip(*all_digits(), strict=True)))[::step]:
         s3.put(f"{DIGITS}/{label}/{i:04d}.png", png(pixels))
 
 
