@@ -7,6 +7,7 @@ shows in the pixels.
 
 import contextlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -20,8 +21,8 @@ from tasks.ingress import Ingress
 from tasks.sampler import Sampler
 
 APPLICATION = "ddpm"
-NODE_ID = "ray.io/node-id"
-"""The label by which Ray knows a node."""
+ON_HEAD = {"resources": {"node:__internal_head__": 0.001}}
+"""Ray's options of an actor that is to be on the head: it takes little of what only that has."""
 PATIENCE = 10.0
 """Seconds that a replica is given beyond the longest request, to end what it has in hand."""
 
@@ -31,14 +32,15 @@ def application(
     called: str,
     config: ServingConfig,
     keys: dict[str, str],
-    node: str | None = None,
+    where: Mapping[str, Any] = ON_HEAD,
 ) -> serve.Application:
     """The application: an ingress over samplers.
 
     Args:
         called: how the user named the model; a request may name it so too.
         keys: the name of each client by the sha256 of its API key; none: everybody is served.
-        node: the id of Ray's node that the ingress is to be on; None: wherever Serve puts it.
+        where: Ray's options that say on which node the ingress is. It holds the requests, so that
+            no other node that is lost takes them with it.
     """
     # the decorators make deployments of the classes, which mypy does not see
     sampler: Any = Sampler
@@ -61,9 +63,7 @@ def application(
     patience = {"graceful_shutdown_timeout_s": config.max_seconds + PATIENCE}
     options = {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica}
     replicas = sampler.options(**number, **patience, ray_actor_options=options)
-    # it holds the requests, so that no other node that is lost takes them with it
-    selector = {"label_selector": {NODE_ID: node}} if node else {}
-    there = {**ingress.ray_actor_options, **selector}
+    there = {**ingress.ray_actor_options, **where}
     return ingress.options(**patience, ray_actor_options=there).bind(
         replicas.bind(model, config), model, called, config, keys
     )
@@ -82,8 +82,8 @@ def start(
     The ingress is on the node of this command, where the service is reached.
     """
     serve.start(http_options=HTTPOptions(host=host, port=port))
-    node = ray.get_runtime_context().get_node_id()
-    serve.run(application(model, called, config, keys, node), name=APPLICATION, route_prefix="/")
+    here = {"label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
+    serve.run(application(model, called, config, keys, here), name=APPLICATION, route_prefix="/")
 
 
 def wait_until_interrupted() -> None:

@@ -47,6 +47,8 @@ def test_every_file_can_be_parsed() -> None:
 def test_compose_holds_to_its_schema() -> None:
     validator = jsonschema.Draft7Validator(schema("compose-spec.json"))
     validator.validate(compose())
+    validator.validate(more := documents(INFRA / "compose.gpu.yaml")[0])
+    assert more["services"].keys() <= compose()["services"].keys()
     broken = compose()
     broken["services"]["head"]["comand"] = broken["services"]["head"].pop("command")
     with pytest.raises(jsonschema.ValidationError, match="comand"):
@@ -121,7 +123,8 @@ def test_ports_are_those_of_the_programs() -> None:
     agent = f"127.0.0.1:{constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT}/"
     assert agent in services["worker"]["healthcheck"]["test"][-1]
     listening = {
-        "head": {6379, 8265, 8000},  # Ray's, and that of `ddpm serve`
+        "head": {6379, 8265},
+        "serve": {8000},
         "mlflow": {5000},
         "s3": {8333},
         "postgres": {5432},
@@ -134,6 +137,7 @@ def test_ports_are_those_of_the_programs() -> None:
     }
     assert named["mlflow"] == listening["mlflow"] and named["s3"] == listening["s3"]
     assert named["head"] - {8080} <= listening["head"]
+    assert "--num-cpus=0" in services["head"]["command"]
     texts = [*INFRA.rglob("*.y*ml"), INFRA / "RUNBOOK.md"]
     for path in texts:
         for host, port in re.findall(r"[/@\s\"=]([a-z0-9-]+):(\d{4,5})\b", path.read_text()):
@@ -148,17 +152,20 @@ def test_ports_are_those_of_the_programs() -> None:
 
     from tasks.commands.service import serve
 
-    assert inspect.signature(serve).parameters["port"].default in listening["head"]
+    assert inspect.signature(serve).parameters["port"].default in listening["serve"]
     scraped = documents(INFRA / "monitoring" / "prometheus.yml")[0]["scrape_configs"][0]
     assert {it["port"] for it in scraped["dns_sd_configs"]} == {8080}
-    assert {n for it in scraped["dns_sd_configs"] for n in it["names"]} <= services.keys()
-    assert all("--metrics-export-port=8080" in services[n]["command"] for n in ("head", "worker"))
+    nodes = {n for it in scraped["dns_sd_configs"] for n in it["names"]}
+    assert nodes == {
+        n for n, it in services.items() if "ray" in " ".join(it.get("command", [])[:3])
+    }
+    assert all("--metrics-export-port=8080" in " ".join(services[n]["command"]) for n in nodes)
 
 
 ELSEWHERE = {
     "POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD", "PGDATA",
     "GF_SECURITY_ADMIN_PASSWORD", "GF_USERS_ALLOW_SIGN_UP", "GF_ANALYTICS_REPORTING_ENABLED",
-    "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES",
+    "HOME", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES",
     "PIP_NO_CACHE_DIR", "PIP_DISABLE_PIP_VERSION_CHECK", "PIP_ROOT_USER_ACTION", "PYTHONUNBUFFERED",
 }  # fmt: skip
 """Variables of programs that are not installed here."""
@@ -213,7 +220,7 @@ def test_compose_starts_what_exists_in_an_order_that_ends() -> None:
             assert "healthcheck" in service, name
         for mount in service.get("volumes", []):
             source, _, _ = mount.partition(":")
-            assert (INFRA / source).is_file() if source.startswith(".") else source in volumes
+            assert (INFRA / source).exists() if source.startswith(".") else source in volumes
     done: set[str] = set()
     while ready := {
         name
@@ -248,6 +255,9 @@ def test_the_dockerfile_is_sound() -> None:
         assert re.search(rf"\${{?{name}\b", "".join(instructions("RUN"))), f"{name} is not used"
         assert name in (ROOT / "Makefile").read_text()
     assert "useradd --uid 1000" in DOCKERFILE
+    # as which `ray up` copies its files, and with what
+    assert "HOME=/home/ray" in instructions("ENV")[0] and "WORKDIR /home/ray\n" in DOCKERFILE
+    assert {"openssh-client", "rsync", "wget"} <= set(" ".join(instructions("RUN")).split())
 
 
 def test_what_is_copied_exists_and_is_let_through() -> None:

@@ -201,26 +201,55 @@ def test_ports_that_are_let_in_are_listened_on() -> None:
     everything = [it for build in BUILDS for it in built(KUBERNETES / build)]
     templates = [template for it in everything for template in pod_templates(it)]
 
-    def selected(labels: dict[str, str]) -> list[dict[str, Any]]:
-        them = [t for t in templates if t["metadata"]["labels"].items() >= labels.items()]
-        assert them, f"no pod has {labels}"
+    def selected(selector: dict[str, Any]) -> list[dict[str, Any]]:
+        them = [t for t in templates if selects(selector, t["metadata"]["labels"])]
+        assert them, f"no pod has {selector}"
         return them
 
     for it in everything:
         spec = it.get("spec", {})
         if it["kind"] == "Service":
-            listened = ports_of(selected(spec["selector"]))
+            listened = ports_of(selected({"matchLabels": spec["selector"]}))
             assert {port.get("targetPort", port["port"]) for port in spec["ports"]} <= listened
         elif it["kind"] == "NetworkPolicy":
-            listened = ports_of(selected(spec["podSelector"].get("matchLabels", {})))
+            listened = ports_of(selected(spec["podSelector"]))
             for rule in spec.get("ingress", []):
                 assert {port["port"] for port in rule.get("ports", [])} <= listened
                 for peer in rule["from"]:
-                    labels = peer.get("podSelector", {}).get("matchLabels", {})
                     if "namespaceSelector" not in peer:
-                        selected(labels)
-        elif it["kind"] == "PodDisruptionBudget":
-            selected(spec["selector"]["matchLabels"])
+                        selected(peer["podSelector"])
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    assert selector.keys() <= {"matchLabels", "matchExpressions"}
+    for it in selector.get("matchExpressions", []):
+        assert it["operator"] == "Exists"
+        if it["key"] not in labels:
+            return False
+    return bool(labels.items() >= selector.get("matchLabels", {}).items())
+
+
+@pytest.mark.parametrize("build", SERVICES)
+def test_nodes_of_the_service_can_be_drained(build: str) -> None:
+    """Of what cannot be scaled a budget may count only what is to stay; KubeRay's issue 2662."""
+    objects = {it["kind"]: it["spec"] for it in built(KUBERNETES / build)}
+    budget, cluster = objects["PodDisruptionBudget"], objects["RayService"]["rayClusterConfig"]
+    (group,) = cluster["workerGroupSpecs"]
+    labels = group["template"]["metadata"]["labels"]
+    assert selects(budget["selector"], labels)
+    assert not selects(
+        budget["selector"], cluster["headGroupSpec"]["template"]["metadata"]["labels"]
+    )
+    assert budget.keys() == {"minAvailable", "unhealthyPodEvictionPolicy", "selector"}
+    assert 0 < budget["minAvailable"] < group["minReplicas"]
+
+
+def test_kuberay_names_its_pods_itself() -> None:
+    """The selectors of its Services ask for this label, and it does not replace what is there."""
+    for build in [*PIPELINES, *SERVICES]:
+        for it in built(KUBERNETES / build):
+            for template in pod_templates(it):
+                assert "app.kubernetes.io/name" not in template["metadata"]["labels"]
 
 
 def ports_of(templates: list[dict[str, Any]]) -> set[Any]:
@@ -313,6 +342,7 @@ def test_the_serve_config_names_the_service_and_it_fits_into_its_cluster(build: 
 def test_ray_builds_the_application_of_the_serve_config(
     build: str, tiny: Workplace, tmp_path: Path
 ) -> None:
+    from ray._common.constants import HEAD_NODE_RESOURCE_NAME
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_app
 
     from tasks.deployment import application
@@ -325,6 +355,8 @@ def test_ray_builds_the_application_of_the_serve_config(
         "api_keys": str(keys),
     }
     ingress = build_app(application, args)._bound_deployment
+    # it holds the requests: not on a node that may be taken away
+    assert ingress.ray_actor_options["resources"] == {HEAD_NODE_RESOURCE_NAME: 0.001}
     handle, reference, called, config, clients = ingress.init_args
     assert (str(reference), called, list(clients.values())) == (
         "digits@1",

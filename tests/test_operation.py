@@ -235,7 +235,7 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_before_serving(
 
 def test_ctrl_c_lets_a_running_request_end(ann: Service) -> None:
     replies: list[tuple[int, Any]] = []
-    request = {**REQUEST, "n": 8, "num_inference_steps": 250, "sampler": "ancestral"}
+    request = {**REQUEST, "n": 8, "num_inference_steps": 150, "sampler": "ancestral"}
     thread = threading.Thread(target=lambda: replies.append(ann.post(request)))
     thread.start()
     wait_for(lambda: ann.get("/v1/engine")["requests"], 20, "the request")

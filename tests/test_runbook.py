@@ -135,7 +135,7 @@ def test_alerts_ask_for_what_the_dashboard_draws() -> None:
     assert asked and asked <= set(re.findall(r"ray_ddpm_\w+", " ".join(DRAWN)))
 
 
-FUNCTIONS = {"sum", "rate", "histogram_quantile", "and"}
+FUNCTIONS = {"sum", "rate", "histogram_quantile", "and", "unless"}
 
 
 def test_every_metric_is_told_by_the_service_or_by_ray() -> None:
