@@ -50,8 +50,13 @@ CONSTANTS = {
 """(section of RESULTS.md, what it says there)."""
 WORKERS_MEASURED = 2
 """Of `decoded`, which is of both."""
-INGRESS_SECONDS = 0.128 / (540.4 / 123.8)
-"""CPU seconds of an image, section serve_load: exact mode, 2 replicas, 123.8 rows an image."""
+INGRESS = (
+    r"([\d.]+) rows a request on average",
+    r"service, exact, 2 replicas +([\d.]+) ",
+    r"exact, x2: .* ingress ([\d.]+),",
+)
+"""In section serve_load: rows of a request, which is for an image; rows a second; CPU seconds a
+second of the ingress."""
 ROWS_PER_IMAGE = 50
 IMAGES_PER_TASK = 48
 """Of an evaluation, see tasks/fanout.py."""
@@ -101,17 +106,21 @@ def main() -> None:
 
 
 def measured() -> dict[str, float]:
-    """The constants of this project.
+    """The constants of this project; `ingress` is CPU seconds of an image.
 
     Raises:
-        KeyError: RESULTS.md does not have one of them.
+        KeyError, IndexError: RESULTS.md does not have one of them.
     """
     found: dict[tuple[str, str], float] = {}
+    ingress = 0.0
     for part in re.split(r"(?m)^(?=## )", RESULTS.read_text()):
         section = part.removeprefix("## ").split("\n", 1)[0]
         for line in re.findall(r"(?m)^\[\{.*\}\]$", part):
             found |= {(section, entry["what"]): entry["ours"] for entry in json.loads(line)}
-    return {name: found[where] for name, where in CONSTANTS.items()}
+        if section == "serve_load":
+            rows, rate, cpu = (float(re.findall(pattern, part)[0]) for pattern in INGRESS)
+            ingress = cpu / (rate / rows)
+    return {name: found[where] for name, where in CONSTANTS.items()} | {"ingress": ingress}
 
 
 def tables(assumed: Assumed) -> str:
@@ -176,11 +185,11 @@ def preprocess(c: dict[str, float], assumed: Assumed) -> str:
         row("listing it, 10,000 images a file", seconds(archives / 1000 * assumed.list_ms / 1000))
         row("driver: memory of the listing, loose files", num_bytes(images * c["listed_bytes"]))
         row("driver: the list of images", seconds(images * c["scan_us"] / 1e6))
-        row(
-            "tasks: decoding, on all cores",
-            seconds(images / per_core / nodes / assumed.cores_per_node),
-        )
-        row("driver: its tasks", seconds(shards / c["tasks"]))
+        decoding = images / per_core / nodes / assumed.cores_per_node
+        handing_out = shards / c["tasks"]
+        row("tasks: decoding, on all cores", seconds(decoding))
+        row("driver: its tasks", seconds(handing_out))
+        row("cores that it keeps busy", f"{min(1.0, decoding / handing_out):.1%}")
         memory = images * c["scan_bytes"] + shards * c["task_bytes"]
         row("driver: memory", num_bytes(memory))
         row("manifest and list of shards", num_bytes(shards * c["list_bytes"]))
@@ -189,10 +198,11 @@ def preprocess(c: dict[str, float], assumed: Assumed) -> str:
     each = c["scan_bytes"] + c["task_bytes"] / assumed.images_per_shard
     most = assumed.head_gib * 2**30 / each
     head = ["", *(f"{of_nodes(nodes)}, {images:.0e} images" for nodes, images in SIZES)]
+    busy = c["tasks"] * assumed.images_per_shard / per_core
     return table(head, list(rows.items())) + (
         f"\nThe memory of the driver's node is full at {number(most)} images. Its tasks keep "
-        f"{number(c['tasks'] * assumed.images_per_shard / per_core)} cores busy with "
-        f"{assumed.images_per_shard} images each, eight times as many with eight times as many.\n"
+        f"{number(busy)} cores busy with {assumed.images_per_shard} images each, "
+        f"{number(8 * busy)} with {8 * assumed.images_per_shard}.\n"
     )
 
 
@@ -286,8 +296,8 @@ def serving(c: dict[str, float]) -> str:
         row("images a second of the replicas", number(rate))
         row("choosing a replica", f"{number(choice)} µs")
         row("images a second that the router can choose for", number(1e6 / choice))
-        row("images a second of one ingress", number(1 / INGRESS_SECONDS))
-        row("services that are needed for them", number(-(-rate * INGRESS_SECONDS // 1)))
+        row("images a second of one ingress", number(1 / c["ingress"]))
+        row("services that are needed for them", number(-(-rate * c["ingress"] // 1)))
     return table(["", *(f"{count:,} replicas" for count in replicas)], list(rows.items())) + (
         f"\nTo let a request in beside 10,000 others takes {number(c['let_in'])} µs.\n"
     )

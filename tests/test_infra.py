@@ -69,9 +69,9 @@ def images() -> dict[str, list[str]]:
     named = {"infra/compose.yaml": [it["image"] for it in compose()["services"].values()]}
     for build in BUILDS:
         objects = built(KUBERNETES / build)
-        named[build] = [
-            it["image"] for every in objects for it in containers(every) if "image" in it
-        ]
+        of_pods = [it["image"] for every in objects for it in containers(every) if "image" in it]
+        if of_pods:
+            named[build] = of_pods
     named["cluster.yaml"] = [documents(INFRA / "vms" / "cluster.yaml")[0]["docker"]["image"]]
     for name in ("Makefile", ".github/workflows/ci.yml", "infra/docker/Dockerfile"):
         named[name] = re.findall(rf"\b{PROJECT['name']}:[\w.-]+", (ROOT / name).read_text())

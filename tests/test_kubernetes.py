@@ -223,8 +223,9 @@ def test_ports_that_are_let_in_are_listened_on() -> None:
 def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     assert selector.keys() <= {"matchLabels", "matchExpressions"}
     for it in selector.get("matchExpressions", []):
-        assert it["operator"] == "Exists"
-        if it["key"] not in labels:
+        assert it["operator"] in ("Exists", "In")
+        value = labels.get(it["key"])
+        if value is None or value not in it.get("values", [value]):
             return False
     return bool(labels.items() >= selector.get("matchLabels", {}).items())
 

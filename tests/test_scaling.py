@@ -52,3 +52,19 @@ def test_every_section_that_the_page_cites_is_in_the_results(scaling: ModuleType
     assert cited
     for name in cited:
         assert f"\n## {name}\n" in results
+
+
+def test_a_checkpoint_has_weights_their_average_and_two_moments(scaling: ModuleType) -> None:
+    """As is reckoned for networks of which none was written: four float32 of each parameter."""
+    measured = scaling.measured()
+    for name in ("digits", "fashion_mnist", "cifar10"):
+        parameters = sum(p.numel() for p in scaling.networks()[name].make_network().parameters())
+        assert measured[name] == pytest.approx(16 * parameters, rel=0.02)
+
+
+def test_tasks_that_are_handed_out_too_slowly_leave_cores_idle(scaling: ModuleType) -> None:
+    text = scaling.preprocess(scaling.measured(), scaling.Assumed())
+    busy = re.search(r"cores that it keeps busy \| (.*) \|", text)[1].split(" | ")  # type: ignore[index]
+    assert busy[0] == "100.0%" and float(busy[-1].rstrip("%")) < 1
+    slower = scaling.measured() | {"tasks": 1.0}
+    assert "| cores that it keeps busy | 0." in scaling.preprocess(slower, scaling.Assumed())
