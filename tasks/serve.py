@@ -83,7 +83,12 @@ def start(
     """
     serve.start(http_options=HTTPOptions(host=host, port=port))
     here = {"label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
-    serve.run(application(model, called, config, keys, here), name=APPLICATION, route_prefix="/")
+    try:
+        app = application(model, called, config, keys, here)
+        serve.run(app, name=APPLICATION, route_prefix="/")
+    except BaseException:  # Ctrl-C among them: nothing of it stays on a cluster that was joined
+        serve.delete(APPLICATION)
+        raise
 
 
 def wait_until_interrupted() -> None:

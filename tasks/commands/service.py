@@ -57,10 +57,10 @@ def serve(
         serve_log = logging.getLogger("ray.serve")  # it has a handler of its own, for the terminal
         serve_log.handlers = logging.getLogger().handlers
         serve_log.propagate = False
+        treat_sigterm_as_ctrl_c()  # Ray, once connected, has taken it
         plural = "s" * (serving.min_replicas > 1)
         console.print(f"loading {reference} on {serving.min_replicas} replica{plural} ...")
         application.start(reference, model, serving, keys, host, port)
-        treat_sigterm_as_ctrl_c()
         url = f"http://{host}:{port}"
         console.print(f"serving {reference} at {url}/v1/images/generations, Ctrl-C ends it; try")
         console.print(
