@@ -36,6 +36,8 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -386,7 +388,12 @@ def run_scan(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = npy(Path(folder) / "images.npy", count)
         config = DataConfig(source=path, image_size=4, channels=1, images_per_shard=512)
-        scan(config, index := str(Path(folder) / "index"), remember=True)
+        index = str(Path(folder) / "index")
+        # elsewhere, or the memory that it gave back would be taken again and not be seen
+        with ProcessPoolExecutor(1, get_context("spawn")) as another:
+            another.submit(remember, config, index).result()
+        few = npy(Path(folder) / "few.npy", 100)
+        cut(scan(config.model_copy(update={"source": few})), 10)  # for what it imports
         watch = Watch()
         source = scan(config, index)  # what tasks find in the files is there
         scanned = watch.lap()
@@ -394,6 +401,10 @@ def run_scan(count: int) -> dict[str, float]:
         cut_up = watch.lap()
         assert sum(shard.items.num_rows for shard in shards) == count
         return {"scan": scanned, "cut": cut_up, "MB": watch.grown(), "items": source.items.nbytes}
+
+
+def remember(config: DataConfig, index: str) -> None:
+    scan(config, index, remember=True)
 
 
 def measure_scan(by: int) -> list[dict[str, Any]]:
