@@ -87,7 +87,7 @@ def start(
         app = application(model, called, config, keys, here)
         serve.run(app, name=APPLICATION, route_prefix="/")
     except BaseException:  # Ctrl-C among them: nothing of it stays on a cluster that was joined
-        serve.delete(APPLICATION)
+        serve.delete(APPLICATION, _blocking=False)
         raise
 
 
@@ -96,4 +96,6 @@ def wait_until_interrupted() -> None:
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(1)
-    serve.delete(APPLICATION)
+    serve.delete(APPLICATION, _blocking=False)  # blocking, Ray gives up after a minute
+    while APPLICATION in serve.status().applications:
+        time.sleep(0.2)
