@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -408,9 +409,15 @@ def test_a_lock_in_a_bucket_is_held_by_one_however_long_and_whatever_the_server_
     here.setattr(lease, "RENEW_SECONDS", 0.05)
     here.setattr(lease, "POLL_SECONDS", 0.02)
     here.setattr(lease, "LEASE_SECONDS", 0.6)
-    # seldom: what fails five times in a row is given up, and the two share the order of requests
-    faults = ("lost", "500", "503")
-    proxy = through(here, s3, lambda i, *_: faults[i // 20 % 3] if i % 20 == 19 else "")
+    faults, numbers = ("500", "lost", "503"), Counter[str]()
+
+    def fault(_: int, method: str, __: str) -> str:
+        # seldom: what fails five times in a row is given up, and the two share the numbers
+        numbers[method] += 1
+        time, step = divmod(numbers[method], 20)
+        return faults[time % 3] if step == 0 else ""
+
+    proxy = through(here, s3, fault)
     inside, most, rounds = 0, 0, list[int]()
 
     def take_turns(number: int) -> None:
