@@ -74,10 +74,12 @@ class Cluster:
         wait_for(functools.partial(has_joined, self.head), 60, "the head")
 
     def add(self) -> Machine | Room:
-        """A new node, which is not waited for."""
+        """A new node, which is not waited for where it is a machine."""
         node = self._machine("node")
         self.nodes[node.name] = node
         self._start_ray(node, "--address", f"{self.head.address}:{self._ray_port}")
+        if not self.lan:  # two that start at once would choose the same name for a socket
+            wait_for(functools.partial(has_joined, node), 60, f"{node.name} to join")
         return node
 
     def replace(self, node: Machine | Room, silently: bool = False) -> Machine | Room:
