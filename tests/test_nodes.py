@@ -36,6 +36,11 @@ PORT = 8000
 RANK, SAMPLER = "RayTrainWorker", "Sampler"
 """In the titles of Ray's processes."""
 
+needs_machines = pytest.mark.skipif(
+    bool(why_not()),
+    reason=f"rooms have a port and a disk in common ({why_not()}): run the tests as root on Linux",
+)
+
 
 class PowerCuts:
     """A node is lost in each of three stages, and another comes."""
@@ -141,10 +146,7 @@ def test_a_node_lost_in_every_stage_changes_nothing(
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(
-    bool(why_not()),
-    reason=f"nodes of one address share a port ({why_not()}): run the tests as root on Linux",
-)
+@needs_machines
 def test_a_node_lost_while_it_draws_takes_no_image_with_it(
     tiny: Workplace, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -177,6 +179,7 @@ def test_a_node_lost_while_it_draws_takes_no_image_with_it(
     assert "bit for bit" in tiny.quick("reproduce", str(tmp_path / "31.png"))
 
 
+@needs_machines
 def test_what_only_the_head_sees_is_refused_before_any_work(cluster: Cluster) -> None:
     process = cluster.start(*tiny_command("preprocess"))
     try:
