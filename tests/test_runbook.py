@@ -25,7 +25,9 @@ DASHBOARD = json.loads((INFRA / "monitoring" / "grafana.json").read_text())
 
 
 def texts() -> dict[str, str]:
-    files = [path for path in INFRA.rglob("*") if path.is_file() and path.suffix != ".json"]
+    files = [
+        path for path in INFRA.rglob("*") if path.is_file() and path.suffix not in (".json", ".pyc")
+    ]
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in files}
 
 
