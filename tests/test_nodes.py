@@ -101,6 +101,18 @@ def cluster(cuts: PowerCuts) -> Iterator[Cluster]:
         cluster.close()
 
 
+@pytest.fixture(scope="module")
+def output(cluster: Cluster) -> str:
+    """What a pipeline said from which a node was lost in every stage."""
+    process = cluster.start(*tiny_command("run", f"storage={RUNS}"))
+    try:
+        output, _ = process.communicate(timeout=400)
+    finally:
+        end(process)
+    assert process.returncode == 0, output
+    return output
+
+
 def manifest(stage: str) -> Manifest:
     (name,) = storage.list_names(f"{RUNS}/{stage}")
     found = storage.read_manifest(f"{RUNS}/{stage}/{name}")
@@ -128,14 +140,8 @@ def lasting(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_a_node_lost_in_every_stage_changes_nothing(
-    tiny: Workplace, cluster: Cluster, cuts: PowerCuts, tmp_path: Path
+    tiny: Workplace, cluster: Cluster, cuts: PowerCuts, output: str, tmp_path: Path
 ) -> None:
-    process = cluster.start(*tiny_command("run", f"storage={RUNS}"))
-    try:
-        output, _ = process.communicate(timeout=400)
-    finally:
-        end(process)
-    assert process.returncode == 0, output
     assert list(cuts.lost) == ["preprocess", "train", "evaluate"], output
     assert_all_is_as_in_peace(cluster, tiny, tmp_path)
     assert list(cuts.ranks.values()) == [1, 1]
@@ -147,6 +153,7 @@ def test_a_node_lost_in_every_stage_changes_nothing(
 
 @pytest.mark.soak
 @needs_machines
+@pytest.mark.usefixtures("output")
 def test_a_node_lost_while_it_draws_takes_no_image_with_it(
     tiny: Workplace, cluster: Cluster, tmp_path: Path
 ) -> None:
