@@ -6,21 +6,25 @@ shows in the pixels.
 """
 
 import contextlib
+import io
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions
 
+from pipeline.errors import ClusterError
 from pipeline.registry.models import ModelReference
 from pipeline.serving.api import ServingConfig
+from tasks import cluster
 from tasks.autoscaling import by_work
 from tasks.ingress import Ingress
 from tasks.sampler import Sampler
 
 APPLICATION = "ddpm"
+"""Of Ray Serve, as `ddpm serve` deploys it; a Serve config calls its own otherwise."""
 ON_HEAD = {"resources": {"node:__internal_head__": 0.001}}
 """Ray's options of an actor that is to be on the head: it takes little of what only that has."""
 PATIENCE = 10.0
@@ -69,33 +73,83 @@ def application(
     )
 
 
-def start(
+@contextlib.contextmanager
+def running(
     model: ModelReference,
     called: str,
     config: ServingConfig,
     keys: dict[str, str],
     host: str,
     port: int,
-) -> None:
-    """Deploy on the connected Ray and return when the model is loaded and answers.
+) -> Iterator[None]:
+    """The service on the connected Ray, from when its model is loaded and answers.
 
-    The ingress is on the node of this command, where the service is reached.
+    The ingress is on the node of this command, where the service is reached. At the end the
+    requests in hand are done, and of the service nothing is left; what is left of one whose
+    command was killed, the next clears away.
+
+    Raises:
+        ClusterError: this cluster serves something already; or nothing can listen there.
     """
-    serve.start(http_options=HTTPOptions(host=host, port=port))
     here = {"label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
-    try:
-        app = application(model, called, config, keys, here)
-        serve.run(app, name=APPLICATION, route_prefix="/")
-    except BaseException:  # Ctrl-C among them: nothing of it stays on a cluster that was joined
-        serve.delete(APPLICATION, _blocking=False)
-        raise
+    with _claim(here):
+        if others := serve.status().applications.keys() - {APPLICATION}:
+            raise ClusterError(
+                f"Ray Serve of this cluster serves already: {', '.join(sorted(others))}; add the "
+                "model to its Serve config (see infra/README.md), or join another cluster"
+            )
+        _end()  # what a command has left that was killed
+        cluster.check_port_is_free(host, port)
+        try:
+            serve.start(http_options=HTTPOptions(host=host, port=port))
+            app = application(model, called, config, keys, here)
+            serve.run(app, name=APPLICATION, route_prefix="/")
+        except BaseException:  # Ctrl-C among them
+            _delete()
+            raise
+        try:
+            yield
+        finally:
+            _end()
 
 
 def wait_until_interrupted() -> None:
-    """Serve until Ctrl-C, then let the running requests end."""
+    """Return at Ctrl-C."""
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             time.sleep(1)
-    serve.delete(APPLICATION, _blocking=False)  # blocking, Ray gives up after a minute
+
+
+@ray.remote(num_cpus=0)
+class _Serving:
+    """An actor that by its name says that somebody serves, and ends with whom it belongs to."""
+
+
+@contextlib.contextmanager
+def _claim(where: Mapping[str, Any]) -> Iterator[None]:
+    """Be the only one who serves on this cluster."""
+    actor: Any = _Serving
+    try:
+        claim = actor.options(name=APPLICATION, namespace=APPLICATION, **where).remote()
+    except ValueError as error:  # as Ray says that the name is taken
+        raise ClusterError(
+            "this Ray cluster serves already, by another `ddpm serve`: end that, or join another"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.kill(claim)
+
+
+def _end() -> None:
+    """Let the requests in hand be done, and Ray Serve be gone."""
+    _delete()
     while APPLICATION in serve.status().applications:
         time.sleep(0.2)
+    with contextlib.redirect_stdout(io.StringIO()):  # Ray complains that Serve has ended itself
+        serve.shutdown()
+
+
+def _delete() -> None:
+    if APPLICATION in serve.status().applications:
+        serve.delete(APPLICATION, _blocking=False)  # blocking, Ray gives up after a minute

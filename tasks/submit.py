@@ -10,6 +10,7 @@ import getpass
 import hashlib
 import json
 import logging
+import os
 import shlex
 import socket
 import time
@@ -260,4 +261,8 @@ def exit_code(job: "JobDetails") -> int:
 
 
 def _me() -> str:
-    return f"{getpass.getuser()}@{socket.gethostname()}"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # in a container, of a user without a name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"

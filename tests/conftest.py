@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -131,9 +132,12 @@ def ray_workers(pid: int, title: str) -> list[psutil.Process]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that the kernel gives no connection, and Ray no worker, before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def listens(port: int, address: str = "127.0.0.1") -> bool:

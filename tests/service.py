@@ -73,10 +73,10 @@ class Service:
 
 
 @contextlib.contextmanager
-def served(place: Workplace, *options: str) -> Iterator[Service]:
+def served(place: Workplace, *options: str, **environment: str) -> Iterator[Service]:
     """`ddpm serve digits@champion` with these options; ended by Ctrl-C if it is still there."""
     port = free_port()
-    process = place.start("serve", "digits@champion", "--port", str(port), *options)
+    process = place.start("serve", "digits@champion", "--port", str(port), *options, **environment)
     lines: list[str] = []
     ready = threading.Event()
 

@@ -2,19 +2,16 @@
 
 import http.server
 import logging
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import pytest
@@ -29,52 +26,20 @@ from tests.conftest import (
     Workplace,
     end,
     free_port,
-    listens,
     ray_workers,
     wait_for,
 )
+from tests.head import Head, started
 
 pytestmark = pytest.mark.ray
+
 TOKEN = "a-token-of-this-test-and-no-other-0123456789"
-
-
-class Head(NamedTuple):
-    pid: int
-    port: int
-    gcs: int
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    port, gcs, client, agent = free_port(), free_port(), free_port(), free_port()
-    bin = Path(sys.executable).parent
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets want a short path
-        start = f"start --head --block --num-cpus=4 --port={gcs} --dashboard-port={port}"
-        start += f" --temp-dir={folder} --node-ip-address=127.0.0.1"
-        start += f" --ray-client-server-port={client} --dashboard-agent-listen-port={agent}"
-        process = subprocess.Popen(
-            [str(bin / "ray"), *start.split(), "--disable-usage-stats"],
-            env={
-                **ENVIRONMENT,
-                "PATH": f"{bin}:{os.environ['PATH']}",
-                "RAY_AUTH_MODE": "token",
-                "RAY_AUTH_TOKEN": TOKEN,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            wait_for(lambda: listens(port), 90, "the head's job server")
-            yield Head(process.pid, port, gcs)
-        finally:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()  # it would wait for them, and they for it
-            end(process)
+    with started(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN) as head:
+        yield head
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ def serve(
 
     if replicas is not None and not 1 <= replicas <= 1000:
         raise ConfigError(f"--replicas {replicas} must be from 1 to 1000")
-    cluster.check_port_is_free(host, port)
+    if cluster.default_address(ClusterConfig()) is None:  # else it may be Ray Serve that listens
+        cluster.check_port_is_free(host, port)
     values: dict[str, Any] = {} if replicas is None else {"replicas": replicas}
     for setting in settings or []:
         apply_override(values, setting)
@@ -60,14 +61,16 @@ def serve(
         treat_sigterm_as_ctrl_c()  # Ray, once connected, has taken it
         plural = "s" * (serving.min_replicas > 1)
         console.print(f"loading {reference} on {serving.min_replicas} replica{plural} ...")
-        application.start(reference, model, serving, keys, host, port)
-        url = f"http://{host}:{port}"
-        console.print(f"serving {reference} at {url}/v1/images/generations, Ctrl-C ends it; try")
-        console.print(
-            f"  curl -s {url}/v1/images/generations -H 'Content-Type: application/json' "
-            """-d '{"n": 4, "seed": 1}'"""
-        )
-        console.print(f"metrics  {', '.join(cluster.metrics_urls())}")
-        console.print(f"log      {shown(str(log))}")
-        application.wait_until_interrupted()
+        with application.running(reference, model, serving, keys, host, port):
+            url = f"http://{host}:{port}"
+            console.print(
+                f"serving {reference} at {url}/v1/images/generations, Ctrl-C ends it; try"
+            )
+            console.print(
+                f"  curl -s {url}/v1/images/generations -H 'Content-Type: application/json' "
+                """-d '{"n": 4, "seed": 1}'"""
+            )
+            console.print(f"metrics  {', '.join(cluster.metrics_urls())}")
+            console.print(f"log      {shown(str(log))}")
+            application.wait_until_interrupted()
         console.print("stopped")

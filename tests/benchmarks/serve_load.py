@@ -386,24 +386,21 @@ class Bench:
 
     @contextlib.contextmanager
     def ours(self, replicas: int) -> Iterator[None]:
-        from ray import serve
-
-        from tasks.serve import APPLICATION, start
+        from tasks.serve import running
 
         most = 10**7
         config = ServingConfig(replicas=replicas, max_rows=most, max_rows_per_client=most)
-        start(self.model, str(self.model), config, {}, "127.0.0.1", self.port)
-        try:
+        with running(self.model, str(self.model), config, {}, "127.0.0.1", self.port):
             yield
-        finally:
-            serve.delete(APPLICATION)
 
     @contextlib.contextmanager
     def peer(self, batch: int) -> Iterator[None]:
         from ray import serve
+        from ray.serve.config import HTTPOptions
 
         from tests.benchmarks.serve_load_peers import whole_requests
 
+        serve.start(http_options=HTTPOptions(port=self.port))
         serve.run(whole_requests(str(self.exported), 2, batch), name="peer", route_prefix="/")
         try:
             yield
