@@ -4,7 +4,10 @@ import functools
 import itertools
 import random
 import threading
+import time
 from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from pipeline.samplers.plan import MATRIX, OWNERS, SamplerName, SamplingConfig, 
 from pipeline.seeding import key, normal
 from pipeline.serving import recipe
 from pipeline.serving.engine import Caller, Engine, ImageRequest, evenly
-from pipeline.serving.engine_thread import EngineThread
+from pipeline.serving.engine_thread import EngineThread, StepFailed
 from tests.conftest import wait_for
 
 
@@ -172,7 +175,8 @@ def test_exactness_is_of_bits_and_not_only_of_rounded_pixels(model: Model) -> No
     for request in requests:
         engine.add(request)
     x = engine._state[:6, X]
-    rows, labels = (torch.from_numpy(of) for of in (engine._tables[:6, 0], engine._labels[:6]))
+    rows = torch.stack([make_plan(model, request.sampling).table[0] for request in requests])
+    labels = torch.from_numpy(engine._labels[:6])
     together, _ = engine.x_0(labels, x, rows)
     for i in range(6):
         alone, _ = engine.x_0(labels[i : i + 1], x[i : i + 1], rows[i : i + 1])
@@ -325,11 +329,44 @@ def test_callers_hear_of_a_network_that_fails_and_the_thread_goes_on(
         patch.setattr(Engine, "x_0", lambda *_: 1 / 0)
         futures = [thread.submit(engine, request) for request in crowd()]
         for future in futures:
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(StepFailed, match="ZeroDivisionError: division by zero"):
                 future.result(timeout=60)
+        assert thread.failures > 0
     request = crowd()[0]
     found = thread.submit(engine, request).result(timeout=60)
     assert np.array_equal(found, alone(model, request))
+    assert thread.failures == 0
+    thread.close()
+
+
+def test_those_that_come_hold_up_nobody(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    thread, engine, calls = EngineThread(), Engine(model), list[int]()
+    add = Engine.add
+
+    def slow(self: Engine, *arguments: Any) -> int:
+        calls.append(self.num_calls)
+        time.sleep(0.03)
+        return add(self, *arguments)
+
+    monkeypatch.setattr(Engine, "add", slow)
+    first = ImageRequest(0, 0, 0, SamplingConfig(steps=50))
+    go_on = threading.Event()
+    thread.call(lambda: go_on.wait(60))
+    futures = [thread.submit(engine, replace(first, index=i)) for i in range(20)]
+    go_on.set()
+    for future in futures:
+        future.result(timeout=60)
+    # an image that takes long to take in lets those in hand have a network call before the next
+    assert calls == list(range(20))
+
+    go_on.clear()
+    thread.call(lambda: go_on.wait(60))
+    called_off = [thread.submit(engine, replace(first, seed=i)) for i in range(20)]
+    for future in called_off:
+        assert future.cancel()
+    go_on.set()
+    thread.submit(engine, first).result(timeout=60)
+    assert len(calls) == 21, "what was called off on its way is not taken in"
     thread.close()
 
 
@@ -438,10 +475,10 @@ def test_places_are_used_again_and_a_crowd_leaves_no_room_behind(model: Model) -
     tickets = [engine.add(request) for request in many]
     assert engine.num_images == 100
     assert engine.num_rows == 20_000
-    held = len(engine._state), engine._tables.shape[1]
+    held = len(engine._state)
     engine.drop(tickets[1:])
     others = {engine.add(request): request for request in crowd()}
-    assert (len(engine._state), engine._tables.shape[1]) == held, "in the places of those that went"
+    assert len(engine._state) == held, "in the places of those that went"
     got = {}
     while engine.num_images:
         got |= dict(engine.step().finished)
@@ -450,8 +487,18 @@ def test_places_are_used_again_and_a_crowd_leaves_no_room_behind(model: Model) -
     for ticket, request in list(others.items())[::7]:
         assert np.array_equal(got[ticket], alone(model, request))
     assert engine.num_rows == 0
-    engine.add(crowd()[0])
-    assert (len(engine._state), engine._tables.shape[1]) == (4, 5)
+    assert not len(engine._state), "nothing in hand takes nothing"
+
+
+def test_images_of_a_plan_hold_it_once(model: Model) -> None:
+    engine = Engine(model)
+    sampling = SamplingConfig(sampler="heun", steps=1000)
+    for i in range(100):
+        engine.add(ImageRequest(0, i, 0, sampling))
+        engine.add(ImageRequest(1, i, 0, SamplingConfig(steps=2)))
+    held = {table.ctypes.data: table.nbytes for table in engine._tables if len(table)}
+    assert len(held) == 2
+    assert sum(held.values()) < 2 * make_plan(model, sampling).table.nbytes
 
 
 def test_the_images_in_hand_are_shown_as_they_are(model: Model) -> None:

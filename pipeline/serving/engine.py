@@ -48,6 +48,8 @@ from pipeline.serving import turns
 EXACT_ROWS = 16
 """Rows of a network call: where the throughput of small U-Nets on CPU cores has its knee."""
 
+NO_PLAN = np.empty((0, NUM_COLUMNS))
+
 Mode = Literal["exact", "fast"]
 
 
@@ -166,14 +168,14 @@ class Engine:
         check_request(self.model.spec, request)
         assert request.sampling.sampler not in OFFLINE, "drawn by pipeline/serving/offline.py"
         table = make_plan(self.model, request.sampling).table
-        place = self._free_place(len(table))
+        place = self._free_place()
         ticket = self._next_ticket
         self._next_ticket += 1
         caller = caller or Caller(-1 - ticket, -1 - ticket)  # no number of a caller's
         self._requests[place] = request
         self._ids[place] = caller.id
         self._labels[place] = self.label_of(request.label)
-        self._tables[place, : len(table)] = table.numpy()
+        self._tables[place] = table.numpy()
         self._state[place] = start(normal([_noise_key(request, 0)], self.model.spec.image_shape))[0]
         if frames:
             self._frames_at[place] = evenly(len(table), frames)
@@ -200,7 +202,7 @@ class Engine:
         self._last_call = self._book["ticket"][places]
         positions = self._book["position"][places]
         at = torch.from_numpy(places)
-        rows = torch.from_numpy(self._tables[places, positions])  # (n, NUM_COLUMNS)
+        rows = torch.from_numpy(self._plan_rows(places, positions))
         labels = torch.from_numpy(self._labels[places])
         state = self._state.index_select(0, at)  # (n, 5, C, H, W)
         x_0, fraction = self.x_0(labels, state[:, X], rows)
@@ -221,7 +223,9 @@ class Engine:
         book["position"][places] = positions
         book["remaining"][places] -= book["rows"][places]
         going = places[goes_on]
-        book["rows"][going] = 1 + (self._tables[going, positions[goes_on], GUIDANCE] != 0)
+        if len(going):
+            following = self._plan_rows(going, positions[goes_on])
+            book["rows"][going] = 1 + (following[:, GUIDANCE] != 0)
 
         frames = []
         for i, place in enumerate(places.tolist() if self._frames_at else []):
@@ -231,10 +235,14 @@ class Engine:
         done = np.flatnonzero(~goes_on)
         if not len(done):
             return Step([], frames)
-        for place in places[done].tolist():
-            self._forget(place)
+        self._forget(places[done].tolist())
         tickets = book["ticket"][places[done]].tolist()
         return Step(list(zip(tickets, to_uint8(x_t[done.tolist()]), strict=True)), frames)
+
+    def _plan_rows(self, places: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Of each place's plan the row at its position, (n, NUM_COLUMNS)."""
+        tables = self._tables
+        return np.stack([tables[i][j] for i, j in zip(places, positions, strict=True)])
 
     def warm_up(self) -> float:
         """Let torch set up, or compile, calls of each size; returns the rows/s of the largest."""
@@ -267,8 +275,7 @@ class Engine:
         """The images in hand: those of the last network call, then those that wait."""
         places = np.flatnonzero(self._book["in_hand"])
         book = self._book[places]
-        positions = np.ascontiguousarray(book["position"])
-        t = self._tables[places, positions, T]
+        positions = book["position"]
         in_call = np.isin(book["ticket"], self._last_call)
         images = []
         for i in np.lexsort((book["ticket"], ~in_call)).tolist():
@@ -281,7 +288,7 @@ class Engine:
                     request.index,
                     evaluation,
                     evaluations,
-                    float(t[i]),
+                    float(self._tables[places[i]][positions[i], T]),
                     rows,
                     bool(in_call[i]),
                 )
@@ -290,42 +297,44 @@ class Engine:
 
     def drop(self, tickets: Container[int]) -> None:
         """Forget images in hand."""
-        for place in np.flatnonzero(self._book["in_hand"]).tolist():
-            if int(self._book["ticket"][place]) in tickets:
-                self._forget(place)
+        places = np.flatnonzero(self._book["in_hand"]).tolist()
+        self._forget([place for place in places if int(self._book["ticket"][place]) in tickets])
 
     # --- places -----------------------------------------------------------------------------------
 
     def _clear(self) -> None:
         self._book = turns.new_book(0)
         self._state = torch.empty(0, len(SLOTS), *self.model.spec.image_shape)
-        self._tables = np.empty((0, 0, NUM_COLUMNS))
+        self._tables: list[np.ndarray] = []
+        """Each image's plan, which it has in common with those drawn alike."""
         self._labels = np.empty(0, dtype=np.int64)
         self._requests: list[ImageRequest | None] = []
         self._ids: list[str | None] = []
         self._last_call = np.empty(0, dtype=np.int64)
         self._frames_at: dict[int, set[int]] = {}
 
-    def _free_place(self, length: int) -> int:
-        """A place for an image whose plan has so many rows."""
-        if not self.num_images and len(self._book):
-            self._clear()  # after a crowd, or a long plan, there is less to hold
+    def _free_place(self) -> int:
         free = np.flatnonzero(~self._book["in_hand"])
-        more = 0 if len(free) else max(4, len(self._book))
-        wider = max(0, length - self._tables.shape[1])
-        if more or wider:
-            self._book = np.concatenate([self._book, turns.new_book(more)])
-            self._state = F.pad(self._state, (0, 0) * 4 + (0, more))
-            self._tables = np.pad(self._tables, [(0, more), (0, wider), (0, 0)])
-            self._labels = np.pad(self._labels, [(0, more)])
-            self._requests += [None] * more
-            self._ids += [None] * more
-        return int(free[0]) if len(free) else len(self._book) - more
+        if len(free):
+            return int(free[0])
+        there = len(self._book)
+        more = max(4, there)
+        self._book = np.concatenate([self._book, turns.new_book(more)])
+        self._state = F.pad(self._state, (0, 0) * 4 + (0, more))
+        self._tables += [NO_PLAN] * more
+        self._labels = np.pad(self._labels, [(0, more)])
+        self._requests += [None] * more
+        self._ids += [None] * more
+        return there
 
-    def _forget(self, place: int) -> None:
-        self._book["in_hand"][place] = False
-        self._requests[place] = None
-        self._frames_at.pop(place, None)
+    def _forget(self, places: list[int]) -> None:
+        self._book["in_hand"][places] = False
+        for place in places:
+            self._tables[place] = NO_PLAN
+            self._requests[place] = None
+            self._frames_at.pop(place, None)
+        if not self.num_images:
+            self._clear()  # a crowd leaves nothing to hold
 
     def label_of(self, label: int | None) -> int:
         """A label as the network takes it, none as the null label."""

@@ -13,6 +13,13 @@ from pipeline.serving.engine import Caller, Engine, Frame, ImageRequest
 
 Result = TypeVar("Result")
 
+LONGEST_ADMISSION = 0.02
+"""Seconds for which images that come may hold up those in hand, before each network call."""
+
+
+class StepFailed(Exception):
+    """A network call failed: of the network or the device, not of the images that it was for."""
+
 
 class _Order(NamedTuple):
     """An image that a caller of EngineThread wants."""
@@ -49,6 +56,8 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[_Order | _Call | None] = queue.SimpleQueue()
         self._orders: dict[Engine, dict[int, _Order]] = {}
         self._progress = time.monotonic()
+        self.failures = 0
+        """Network calls that have failed since the last that did not."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -62,9 +71,16 @@ class EngineThread:
     ) -> "Future[np.ndarray]":
         """The (H, W, C) uint8 image of a request, when it is done; cancel it to drop the image.
 
+        A plan that is not known yet is made on the thread: `make_plan` elsewhere before, if it is
+        long and others are not to wait for it.
+
         Args:
             engine: used by this thread alone from now on.
             on_frame: called on this thread, which it must not hold up.
+
+        Raises, as the future:
+            RequestError: as of Engine.add.
+            StepFailed: a network call for the image failed.
         """
         future: Future[np.ndarray] = Future()
         self._inbox.put(_Order(engine, request, caller, frames, on_frame, future))
@@ -110,12 +126,16 @@ class EngineThread:
         begin, useful_rows = time.perf_counter(), engine.num_useful_rows
         try:
             step = engine.step()
-        except Exception as error:  # of the network or the device: no caller may wait for ever
+        except Exception as error:  # no caller may wait for ever
+            self.failures += 1
+            failed = StepFailed(f"{type(error).__name__}: {error}")
+            failed.__cause__ = error
             engine.drop(orders)
             for order in orders.values():
-                _fail(order.future, error)
+                _fail(order.future, failed)
             orders.clear()
             return
+        self.failures = 0
         if rows := engine.num_useful_rows - useful_rows:
             self._on_step(engine, time.perf_counter() - begin, rows)
         for frame in step.frames:
@@ -127,6 +147,7 @@ class EngineThread:
 
     def _admit(self) -> bool:
         """Take in what was submitted, waiting only if there is no work in hand; False to end."""
+        begin = time.monotonic()
         while not self._orders or not self._inbox.empty():
             order = self._inbox.get()
             if order is None:
@@ -134,14 +155,18 @@ class EngineThread:
             if isinstance(order, _Call):
                 _fulfil(order.future, order.function)
                 continue
+            if order.future.cancelled():
+                continue
             if not self._orders:
-                self._progress = time.monotonic()
+                self._progress = begin = time.monotonic()
             try:
                 ticket = order.engine.add(order.request, order.caller, order.frames)
             except Exception as error:
                 _fail(order.future, error)
             else:
                 self._orders.setdefault(order.engine, {})[ticket] = order
+            if time.monotonic() - begin > LONGEST_ADMISSION and self._orders:
+                return True
         return True
 
 
