@@ -5,10 +5,10 @@ import base64
 import itertools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 
 from pipeline.data.images import png
 from pipeline.registry.models import ModelReference
@@ -18,11 +18,14 @@ from pipeline.serving.engine import Caller, ImageRequest, Mode
 from pipeline.serving.recipe import Recipe, encode
 from tasks.generations import EVENT_BYTES, Generation
 from tasks.metrics import IngressMetrics
-from tasks.sampler import Drawn, Order, Preview
+from tasks.sampler import Drawn, Order, Preview, ReplicaFailed
 
 ATTEMPTS = 10
 """Replicas that may die over an image before its request fails: so many that it is the image's
 doing. Three die under a long image now and then, if replicas are killed every ten seconds."""
+
+LOST = (RayActorError, ObjectLostError)
+"""What Ray raises for a replica that died, and for pictures that were on the node it died with."""
 
 
 class Served:
@@ -142,7 +145,7 @@ class Dealer:
         return entry
 
     async def _draw(self, generation: Generation, job: Job, order: Order, position: int) -> Drawn:
-        """One image, from another replica if one dies over it: the pixels are the same."""
+        """One image, from another replica if one dies or fails over it: the pixels are the same."""
         told = evaluation = 0
         for attempt in range(ATTEMPTS):
             events = self._replicas.draw.remote(order)
@@ -154,7 +157,12 @@ class Dealer:
                         evaluation = event.evaluation
                         await self._tell_frame(generation, job, position, told, event)
                         told += 1
-            except RayActorError:
+            except ReplicaFailed as failed:
+                # it came again: there is no other that has not tried it
+                if failed.replica in order.avoid or attempt == ATTEMPTS - 1:
+                    raise failed.why from failed
+                order = replace(order, avoid=order.avoid | {failed.replica})
+            except LOST:
                 if attempt == ATTEMPTS - 1:
                     raise
             except asyncio.CancelledError:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.requests import ClientDisconnect
 
@@ -99,7 +99,7 @@ def refusal(error: Exception) -> Response:
         return JSONResponse(error_body(message, "server_error"), 504)
     if isinstance(error, BackPressureError):
         return refusal(TooMuch(1))
-    if isinstance(error, DeploymentUnavailableError | RayActorError):
+    if isinstance(error, DeploymentUnavailableError | RayActorError | ObjectLostError):
         return JSONResponse(error_body("no replica of the model is up", "server_error"), 503)
     if isinstance(error, StorageError):
         logging.getLogger("ray.serve").error("a request failed: %s", error)

@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,9 +21,10 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, Reque
 
 from pipeline.data.images import to_uint8
 from pipeline.registry.models import ModelReference, load_model
+from pipeline.samplers.model import make_plan
 from pipeline.serving.api import ServingConfig
 from pipeline.serving.engine import Caller, Frame, ImageRequest, Mode
-from pipeline.serving.engine_thread import EngineThread
+from pipeline.serving.engine_thread import EngineThread, StepFailed
 from pipeline.serving.recipe import fingerprint
 from tasks.autoscaling import SECONDS_OF_WORK
 from tasks.cluster import worker_device
@@ -40,6 +41,8 @@ MOST_SHOWN = 64
 """Images in hand of an engine that are told of one by one."""
 LONGEST_STEP = 300.0
 """Seconds after which a network call counts as one that never ends, and its replica is replaced."""
+MOST_FAILURES = 3
+"""Network calls that may fail one after another before their replica is replaced."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,17 @@ class Order:
     rows: int
     """Of network calls that it takes, about."""
     frames: int = 0
+    avoid: frozenset[str] = frozenset()
+    """Replicas that have failed to draw it."""
+
+
+class ReplicaFailed(Exception):
+    """A replica could not load the model of an image, or failed to draw it; another may not."""
+
+    def __init__(self, replica: str, why: Exception) -> None:
+        super().__init__(replica, why)
+        self.replica = replica
+        self.why = why
 
 
 class Preview(NamedTuple):
@@ -79,7 +93,8 @@ class _Given(NamedTuple):
 
 
 class LeastRows(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray is untyped
-    """To the replica with the fewest rows that it was given and has not finished.
+    """To the replica with the fewest rows that it was given and has not finished, first among those
+    that have not failed to draw the image.
 
     An image counts from the moment that it is meant for a replica: many are, before the first of
     them is heard to have arrived. What a choice takes grows with the replicas, not with the images.
@@ -95,8 +110,13 @@ class LeastRows(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray is untyp
         self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
     ) -> list[list[Any]]:
         self._forget_the_lost()
-        rows = self._rows
-        ranked = sorted(candidate_replicas, key=lambda replica: rows.get(replica.replica_id, 0))
+        order = pending_request.args[0] if pending_request and pending_request.args else None
+        avoid = getattr(order, "avoid", ())
+
+        def rank(replica: Any) -> tuple[bool, int]:
+            return replica.replica_id.unique_id in avoid, self._rows.get(replica.replica_id, 0)
+
+        ranked = sorted(candidate_replicas, key=rank)
         if ranked and pending_request is not None:
             self._give(pending_request, ranked[0].replica_id)
             if (id := pending_request.metadata.internal_request_id) in self._given:
@@ -151,6 +171,7 @@ class Sampler:
         self.replica = serve.get_replica_context().replica_id.unique_id
         self.metrics = SamplerMetrics()
         self.thread = EngineThread(self.metrics.note_step)
+        self._planner = ThreadPoolExecutor(1, "planner")
         self._came: dict[object, float] = {}
         self._models = LoadedModels(self._load, config.max_models)
         self._models.load_now(model)
@@ -169,29 +190,49 @@ class Sampler:
     # --- what the ingress asks --------------------------------------------------------------------
 
     async def draw(self, order: Order) -> AsyncIterator[Preview | Drawn]:
-        """The frames of an image as they come, then the image. Whoever stops listening drops it."""
-        loaded = await self._models.get(order.model)
-        loaded.images += 1
-        arrival = object()
-        self._came[arrival] = time.monotonic()
+        """The frames of an image as they come, then the image. Whoever stops listening drops it.
+
+        Raises:
+            ReplicaFailed: it may be drawn elsewhere.
+        """
+        try:
+            loaded = await self._models.get(order.model)
+        except Exception as error:
+            raise ReplicaFailed(self.replica, error) from error
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Frame | None]()
 
         def pass_on(frame: Frame | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the replica ends
                 loop.call_soon_threadsafe(events.put_nowait, frame)
 
-        future: Future[np.ndarray] = self.thread.submit(
-            loaded.engines[order.mode], order.image, order.caller, order.frames, pass_on
-        )
-        future.add_done_callback(lambda _: pass_on(None))
+        with self._in_hand(loaded):
+            # a plan may take half a second to make, for which no image is to be held up
+            sampling = order.image.sampling
+            await loop.run_in_executor(self._planner, make_plan, loaded.model, sampling)
+            future: Future[np.ndarray] = self.thread.submit(
+                loaded.engines[order.mode], order.image, order.caller, order.frames, pass_on
+            )
+            future.add_done_callback(lambda _: pass_on(None))
+            try:
+                while (frame := await events.get()) is not None:
+                    x_t, x_0 = (to_uint8(x[None])[0] for x in (frame.x_t, frame.x_0))
+                    yield Preview(frame.evaluation, frame.evaluations, x_t, x_0)
+                yield Drawn(future.result(), self.replica)
+                self.metrics.note_image(loaded.name, order.mode)
+            except StepFailed as error:
+                raise ReplicaFailed(self.replica, error) from error
+            finally:
+                future.cancel()
+
+    @contextlib.contextmanager
+    def _in_hand(self, loaded: Loaded) -> Iterator[None]:
+        """An image counts as there, and its model is kept."""
+        loaded.images += 1
+        arrival = object()
+        self._came[arrival] = time.monotonic()
         try:
-            while (frame := await events.get()) is not None:
-                x_t, x_0 = (to_uint8(x[None])[0] for x in (frame.x_t, frame.x_0))
-                yield Preview(frame.evaluation, frame.evaluations, x_t, x_0)
-            yield Drawn(future.result(), self.replica)
-            self.metrics.note_image(loaded.name, order.mode)
+            yield
         finally:
-            future.cancel()
             loaded.images -= 1
             del self._came[arrival]
 
@@ -255,3 +296,5 @@ class Sampler:
             raise RuntimeError("the thread of the engines has ended")
         if (seconds := self.thread.seconds_in_step) > LONGEST_STEP:
             raise RuntimeError(f"a network call has not come back for {seconds:.0f} s")
+        if (failures := self.thread.failures) >= MOST_FAILURES:
+            raise RuntimeError(f"the last {failures} network calls failed")

@@ -35,6 +35,8 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+FAULTS = {"PYTHONPATH": f"{ROOT}/tests/faults:{ROOT}"}
+"""See tests/faults/sitecustomize.py."""
 TINY = [
     "network.base_channels=8",
     "training.steps=60",
@@ -174,9 +176,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 
 @pytest.fixture(scope="session")
-def service(tiny: Workplace) -> Iterator["Service"]:
+def service(tiny: Workplace, failing: Path) -> Iterator["Service"]:
     """The tiny model, served by two replicas; shared by the tests of a process."""
     from tests.service import served
 
-    with served(tiny, "--replicas", "2") as running:
+    with served(tiny, "--replicas", "2", **FAULTS, DDPM_FAILING=str(failing)) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file: of the processes of `service` whose numbers are in it network calls fail."""
+    return tmp_path_factory.mktemp("failing") / "numbers"

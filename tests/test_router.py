@@ -27,9 +27,12 @@ class Routed:
         names = [f"{i:04d}" for i in range(num_replicas)]
         self.replicas = [SimpleNamespace(replica_id=ReplicaID(name, DEPLOYMENT)) for name in names]
 
-    async def choose(self, name: str, rows: int) -> tuple[PendingRequest, list[int]]:
+    async def choose(
+        self, name: str, rows: int, avoid: frozenset[str] = frozenset()
+    ) -> tuple[PendingRequest, list[int]]:
         """The request of an image, and the replicas in the order in which they are preferred."""
-        pending = PendingRequest([SimpleNamespace(rows=rows)], {}, Metadata(name, name))
+        order = SimpleNamespace(rows=rows, avoid=avoid)
+        pending = PendingRequest([order], {}, Metadata(name, name))
         ranks = await self.router.choose_replicas(self.replicas, pending)
         return pending, [self.replicas.index(replica) for (replica,) in ranks]
 
@@ -92,6 +95,17 @@ def test_an_image_that_never_arrives_is_forgotten(monkeypatch: pytest.MonkeyPatc
         }
 
     asyncio.run(lose())
+
+
+def test_a_replica_that_failed_to_draw_an_image_is_the_last_to_get_it_again() -> None:
+    async def fail() -> None:
+        it = Routed(3)
+        await it.choose("a", 100)
+        await it.choose("b", 50)  # 2 has nothing to do
+        assert (await it.choose("c", 1, frozenset({"0002"})))[1] == [1, 0, 2]
+        assert (await it.choose("d", 1, frozenset({"0002", "0001"})))[1] == [0, 2, 1]
+
+    asyncio.run(fail())
 
 
 def test_what_is_not_an_image_counts_for_nothing() -> None:

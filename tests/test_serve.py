@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline.serving import recipe
-from tests.conftest import Workplace, ray_workers
+from tests.conftest import Workplace, ray_workers, wait_for
 from tests.service import Service
 
 pytestmark = pytest.mark.ray
@@ -150,6 +151,21 @@ def test_a_replica_that_dies_over_a_request_costs_no_image(service: Service) -> 
     ((status, reply),) = replies
     assert status == 200, reply
     assert [i["b64_json"] for i in reply["data"]] == [i["b64_json"] for i in quiet]
+
+
+def test_a_replica_whose_network_fails_costs_no_image_and_is_replaced(
+    service: Service, failing: Path
+) -> None:
+    wait_for(lambda: len(service.get("/v1/engine")["replicas"]) == 2, 120, "both replicas")
+    quiet = [image["b64_json"] for image in service.images(n=8, **REQUEST)]
+    broken, *_ = ray_workers(service.pid, "ServeReplica:ddpm:Sampler")
+    failing.write_text(str(broken.pid))
+    deadline = time.monotonic() + 120
+    while broken.is_running() and time.monotonic() < deadline:
+        images = service.images(n=8, **REQUEST)
+        assert [image["b64_json"] for image in images] == quiet
+        time.sleep(0.5)
+    assert not broken.is_running()
 
 
 # --- streams, and requests in hand ---------------------------------------------------------------
