@@ -2,6 +2,7 @@
 VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
+PYTEST := pytest
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: help install run test soak load lint bench serve ui image up down clean
@@ -25,7 +26,7 @@ run: install     ## Run the whole pipeline on the embedded digits
 	$(BIN)/ddpm run configs/digits.yaml
 
 test: install lint  ## Check style and types, run the test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m $(PYTEST) -n 2 --dist worksteal
 
 lint: install    ## Check style and types
 	$(BIN)/ruff check .
