@@ -332,6 +332,9 @@ def test_callers_hear_of_a_network_that_fails_and_the_thread_goes_on(
             with pytest.raises(StepFailed, match="ZeroDivisionError: division by zero"):
                 future.result(timeout=60)
         assert thread.failures > 0
+        failures = thread.failures
+        thread.call(lambda: thread._step(engine, {})).result(timeout=60)
+        assert thread.failures == failures, "a step without work calls no network"
     request = crowd()[0]
     found = thread.submit(engine, request).result(timeout=60)
     assert np.array_equal(found, alone(model, request))

@@ -135,8 +135,8 @@ class EngineThread:
                 _fail(order.future, failed)
             orders.clear()
             return
-        self.failures = 0
         if rows := engine.num_useful_rows - useful_rows:
+            self.failures = 0
             self._on_step(engine, time.perf_counter() - begin, rows)
         for frame in step.frames:
             orders[frame.ticket].on_frame(frame)
