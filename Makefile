@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PYTEST := pytest
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install run test soak load lint bench serve ui image up down clean
+.PHONY: help install run check test soak load lint bench serve ui image up down clean
 
 help:            ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -25,6 +25,9 @@ install: $(VENV)/.installed  ## Install into .venv
 run: install     ## Run the whole pipeline on the embedded digits
 	$(BIN)/ddpm run configs/digits.yaml
 
+check: install lint  ## Check style and types, run the tests that start no process
+	$(BIN)/python -m $(PYTEST) -n 2 --dist worksteal tests/unit
+
 test: install lint  ## Check style and types, run the test suite
 	$(BIN)/python -m $(PYTEST) -n 2 --dist worksteal
 
@@ -34,11 +37,10 @@ lint: install    ## Check style and types
 	$(BIN)/mypy
 
 soak: install    ## Kill trainings and nodes at random, longer than the suite may take
-	$(BIN)/python -m pytest -m "" tests/soak.py tests/soak_cluster.py tests/test_nodes.py -s
-	$(BIN)/python -m pytest -m soak tests/test_pipeline.py
+	$(BIN)/python -m pytest tests/soak --deselect tests/soak/test_load.py -s
 
 load: install    ## Load a service with all kinds of clients and kill its replicas, for five minutes
-	$(BIN)/python -m pytest tests/load.py -s
+	$(BIN)/python -m pytest tests/soak/test_load.py -s
 
 PEERS  := .venv-peers
 $(PEERS)/.installed:

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     results: dict[str, list[str]] = {"FLAKY": [], "FAILED TWICE": []}
     for test in failed:
         print(f"\nonce more, alone: {test}", flush=True)
-        passes = run("-m", "", "-p", "no:cacheprovider", test) == 0
+        passes = run("-p", "no:cacheprovider", test) == 0
         results["FLAKY" if passes else "FAILED TWICE"].append(test)
     for heading, tests in results.items():
         if tests:

@@ -1,0 +1,378 @@
+"""infra/kubernetes without Kubernetes: its objects hold to their schemas and fit together.
+
+The published schemas are not part of this project: DDPM_SCHEMAS, or ../shared/schemas, is a folder
+that has them.
+"""
+
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from pipeline.config import RunConfig, load_config
+from pipeline.serving.api import ServingConfig
+from tasks.cluster import ENVIRONMENT
+from tasks.deployment import Service
+from tasks.serve import APPLICATION, PATIENCE
+from tests.conftest import ROOT, Workplace
+from tests.infra import (
+    BUILDS,
+    DOCKERFILE,
+    INFRA,
+    KUBERNETES,
+    PIPELINES,
+    SERVICES,
+    built,
+    files_of,
+    found,
+    pod_templates,
+    schema,
+)
+
+
+def of_kind(build: str, kind: str) -> dict[str, Any]:
+    (found,) = (it for it in built(KUBERNETES / build) if it["kind"] == kind)
+    return found
+
+
+def with_defaults(value: Any, rule: dict[str, Any], path: str = "") -> Any:
+    """Fill in a CRD's defaults, as the API server does before it validates.
+
+    Raises:
+        AssertionError: a key that the CRD does not have. The API server would drop it in silence.
+    """
+    if isinstance(value, list):
+        return [
+            with_defaults(it, rule.get("items", {}), f"{path}[{i}]") for i, it in enumerate(value)
+        ]
+    if not isinstance(value, dict):
+        return value
+    known = rule.get("properties", {})
+    if "additionalProperties" not in rule and known:
+        unknown = set(value) - set(known)
+        assert not unknown, f"{path} has no {unknown}"
+    others = rule.get("additionalProperties", {})
+    defaults = {key: it["default"] for key, it in known.items() if "default" in it}
+    return {
+        key: with_defaults(
+            it, known.get(key, others if isinstance(others, dict) else {}), f"{path}.{key}"
+        )
+        for key, it in {**defaults, **value}.items()
+    }
+
+
+def check_against_crd(it: dict[str, Any]) -> None:
+    crd = schema(f"kuberay-{it['kind'].lower()}.json")
+    assert it["apiVersion"] == f"{crd['group']}/{crd['version']}"
+    rule = crd["schema"]
+    # as in every CRD; the API server knows them
+    rule["properties"] |= {"apiVersion": {}, "kind": {}, "metadata": {}}
+    jsonschema.Draft202012Validator(rule).validate(with_defaults(it, rule, it["kind"]))
+
+
+@pytest.mark.parametrize("build", [*PIPELINES, *SERVICES])
+def test_kuberay_objects_hold_to_their_schema(build: str) -> None:
+    it = of_kind(build, "RayJob" if build in PIPELINES else "RayService")
+    check_against_crd(it)
+    spec = it["spec"]
+    cluster = spec.get("rayClusterSpec", spec.get("rayClusterConfig"))
+    group = cluster["workerGroupSpecs"][0]
+    container = group["template"]["spec"]["containers"][0]
+    for where, key, value in [
+        (spec, "backofLimit", 1),
+        (container, "resource", {}),
+        (group, "maxReplicas", "two"),
+        (cluster["authOptions"], "mode", "tokens"),
+    ]:
+        before = dict(where)
+        where[key] = value
+        with pytest.raises((AssertionError, jsonschema.ValidationError)):
+            check_against_crd(it)
+        where.clear()
+        where.update(before)
+
+
+def test_pods_that_are_not_ray_s_hold_to_the_schema_of_a_pod() -> None:
+    """Which KubeRay's has in it."""
+    cluster = schema("kuberay-raycluster.json")["schema"]["properties"]["spec"]["properties"]
+    rule = cluster["headGroupSpec"]["properties"]["template"]
+    rule["properties"]["metadata"] = {}
+    platform = built(KUBERNETES / "base" / "platform")
+    templates = [t for it in platform for t in pod_templates(it)]
+    assert len(templates) == 2
+    for template in templates:
+        jsonschema.Draft202012Validator(rule).validate(with_defaults(template, rule, "pod"))
+    templates[0]["spec"]["containers"][0]["readinesProbe"] = {}
+    with pytest.raises(AssertionError, match="readinesProbe"):
+        with_defaults(templates[0], rule)
+
+
+def test_every_file_is_used_by_a_kustomization() -> None:
+    used = {path.resolve() for build in BUILDS for path in files_of(KUBERNETES / build)}
+    assert {path.resolve() for path in KUBERNETES.rglob("*.*")} == used
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_kustomize_builds_what_is_tested_here(build: str) -> None:
+    ours = built(KUBERNETES / build)
+    if shutil.which("kubectl") is None:
+        pytest.skip(
+            "kubectl is not installed: only our own reading of the kustomization was tested"
+        )
+    output = subprocess.run(
+        ["kubectl", "kustomize", str(KUBERNETES / build)], capture_output=True, text=True
+    )
+    assert output.returncode == 0, output.stderr
+    theirs = list(yaml.safe_load_all(output.stdout))
+
+    def key(it: dict[str, Any]) -> tuple[str, str]:
+        return it["kind"], it["metadata"]["name"]
+
+    assert sorted(ours, key=key) == sorted(theirs, key=key)
+
+
+CLUSTER_WIDE = {"Namespace", "ResourceFlavor", "ClusterQueue"}
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_objects_are_in_the_namespace_and_refer_to_what_is_there(build: str) -> None:
+    platform = built(KUBERNETES / "base" / "platform")
+    objects = built(KUBERNETES / build)
+    everything = platform + objects
+    for it in objects:
+        where = it["metadata"].get("namespace")
+        assert where == (None if it["kind"] in CLUSTER_WIDE else "ddpm"), it["metadata"]
+    there = {(it["kind"], it["metadata"]["name"]) for it in everything}
+    for name in found(objects, "configMapRef"):
+        assert ("ConfigMap", name["name"]) in there
+    for name in found(objects, "serviceAccountName"):
+        assert ("ServiceAccount", name) in there
+    for name in found(objects, "clusterQueue"):
+        assert ("ClusterQueue", name) in there
+    for it in objects:
+        if it["kind"] == "ClusterQueue":
+            (group,) = it["spec"]["resourceGroups"]
+            for flavor in group["flavors"]:
+                assert ("ResourceFlavor", flavor["name"]) in there
+                assert [r["name"] for r in flavor["resources"]] == group["coveredResources"]
+        labels = it["metadata"].get("labels", {})
+        if "kueue.x-k8s.io/queue-name" in labels:
+            assert ("LocalQueue", labels["kueue.x-k8s.io/queue-name"]) in there
+
+
+def test_the_runbook_makes_every_secret_that_is_referred_to() -> None:
+    runbook = (INFRA / "RUNBOOK.md").read_text()
+    made = {
+        name: set(re.findall(r"--from-(?:literal|file)=([\w.]+)", rest))
+        for name, rest in re.findall(r"create secret generic (\S+) (.*)", runbook)
+    }
+    everything = [it for build in BUILDS for it in built(KUBERNETES / build)]
+    for reference in found(everything, "secretKeyRef"):
+        assert reference["key"] in made[reference["name"]]
+    names = [it["name"] for it in found(everything, "secretRef")]
+    names += [it["secretName"] for it in found(everything, "secret")]
+    tokens = {it["secretName"] for it in found(everything, "authOptions")}
+    assert tokens == {"ddpm-ray-token"} and made["ddpm-ray-token"] == {"auth_token"}
+    assert {*names, *tokens} <= set(made)
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_no_pod_may_do_more_than_it_must(build: str) -> None:
+    for it in built(KUBERNETES / build):
+        for template in pod_templates(it):
+            pod = template["spec"]
+            assert pod["securityContext"]["runAsNonRoot"] is True
+            assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+            for container in pod["containers"]:
+                assert container["securityContext"]["allowPrivilegeEscalation"] is False
+                assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+                assert container["resources"]["requests"].keys() >= {"cpu", "memory"}
+                assert "memory" in container["resources"]["limits"]
+
+
+def test_ports_that_are_let_in_are_listened_on() -> None:
+    everything = [it for build in BUILDS for it in built(KUBERNETES / build)]
+    templates = [template for it in everything for template in pod_templates(it)]
+
+    def selected(selector: dict[str, Any]) -> list[dict[str, Any]]:
+        them = [t for t in templates if selects(selector, t["metadata"]["labels"])]
+        assert them, f"no pod has {selector}"
+        return them
+
+    for it in everything:
+        spec = it.get("spec", {})
+        if it["kind"] == "Service":
+            listened = ports_of(selected({"matchLabels": spec["selector"]}))
+            assert {port.get("targetPort", port["port"]) for port in spec["ports"]} <= listened
+        elif it["kind"] == "NetworkPolicy":
+            listened = ports_of(selected(spec["podSelector"]))
+            for rule in spec.get("ingress", []):
+                assert {port["port"] for port in rule.get("ports", [])} <= listened
+                for peer in rule["from"]:
+                    if "namespaceSelector" not in peer:
+                        selected(peer["podSelector"])
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    assert selector.keys() <= {"matchLabels", "matchExpressions"}
+    for it in selector.get("matchExpressions", []):
+        assert it["operator"] in ("Exists", "In")
+        value = labels.get(it["key"])
+        if value is None or value not in it.get("values", [value]):
+            return False
+    return bool(labels.items() >= selector.get("matchLabels", {}).items())
+
+
+@pytest.mark.parametrize("build", SERVICES)
+def test_nodes_of_the_service_can_be_drained(build: str) -> None:
+    """Of what cannot be scaled a budget may count only what is to stay; KubeRay's issue 2662."""
+    objects = {it["kind"]: it["spec"] for it in built(KUBERNETES / build)}
+    budget, cluster = objects["PodDisruptionBudget"], objects["RayService"]["rayClusterConfig"]
+    (group,) = cluster["workerGroupSpecs"]
+    labels = group["template"]["metadata"]["labels"]
+    assert selects(budget["selector"], labels)
+    assert not selects(
+        budget["selector"], cluster["headGroupSpec"]["template"]["metadata"]["labels"]
+    )
+    assert budget.keys() == {"minAvailable", "unhealthyPodEvictionPolicy", "selector"}
+    assert 0 < budget["minAvailable"] < group["minReplicas"]
+
+
+def test_kuberay_names_its_pods_itself() -> None:
+    """The selectors of its Services ask for this label, and it does not replace what is there."""
+    for build in [*PIPELINES, *SERVICES]:
+        for it in built(KUBERNETES / build):
+            for template in pod_templates(it):
+                assert "app.kubernetes.io/name" not in template["metadata"]["labels"]
+
+
+def ports_of(templates: list[dict[str, Any]]) -> set[Any]:
+    """Numbers and names."""
+    ports = [p for t in templates for c in t["spec"]["containers"] for p in c.get("ports", [])]
+    return {port["containerPort"] for port in ports} | {port["name"] for port in ports}
+
+
+def room(cluster: dict[str, Any], bound: str) -> dict[str, int]:
+    """What the workers have together, with as few or as many as there may be."""
+    (group,) = cluster["workerGroupSpecs"]
+    resources = group["template"]["spec"]["containers"][0]["resources"]["requests"]
+    each = {"cpus": int(resources["cpu"]), "gpus": int(resources.get("nvidia.com/gpu", 0))}
+    return {kind: number * group[bound] for kind, number in each.items()}
+
+
+def run_config(entrypoint: str) -> RunConfig:
+    """The config of `ddpm run CONFIG --set ...`, as it is in the image."""
+    program, verb, config, *options = shlex.split(entrypoint)
+    assert (program, verb) == ("ddpm", "run")
+    assert set(options[::2]) <= {"--set"}
+    home, _, name = config.partition("configs/")
+    assert home == "/home/ray/" and "WORKDIR /home/ray\n" in DOCKERFILE
+    return load_config(str(ROOT / "configs" / name), options[1::2])
+
+
+@pytest.mark.parametrize("build", PIPELINES)
+def test_the_pipeline_s_config_exists_and_fits_into_its_cluster(build: str) -> None:
+    from ray.runtime_env import RuntimeEnv
+
+    spec = of_kind(build, "RayJob")["spec"]
+    config = run_config(spec["entrypoint"])
+    assert config.storage.startswith("s3://"), "no file is seen by all nodes"
+    assert config.data.source.startswith(("builtin:", "s3://"))
+    cluster, needs = spec["rayClusterSpec"], config.cluster
+    least, most = room(cluster, "minReplicas"), room(cluster, "maxReplicas")
+    for count, available in ((needs.min_workers, least), (needs.max_workers, most)):
+        assert needs.cpus_per_worker * count <= available["cpus"]
+        assert needs.gpus_per_worker * count <= available["gpus"]
+    assert cluster.get("enableInTreeAutoscaling", False) == (least != most)
+    environment = RuntimeEnv(**yaml.safe_load(spec["runtimeEnvYAML"]))
+    # Ray refuses a driver that sets what its job has set
+    assert not environment["env_vars"].keys() & ENVIRONMENT.keys()
+
+
+def serve_config(build: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the Serve config, its only application)"""
+    config = yaml.safe_load(of_kind(build, "RayService")["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+    return config, application
+
+
+@pytest.mark.parametrize("build", SERVICES)
+def test_the_serve_config_names_the_service_and_it_fits_into_its_cluster(build: str) -> None:
+    from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
+
+    config, application = serve_config(build)
+    # which takes misspelt keys without a word
+    assert config.keys() <= ServeDeploySchema.model_fields.keys()
+    assert application.keys() <= ServeApplicationSchema.model_fields.keys()
+    assert config["http_options"].keys() <= HTTPOptionsSchema.model_fields.keys()
+    deployed = ServeDeploySchema.model_validate(config)
+    # or `ddpm serve` would take it for its own, and clear it away
+    assert deployed.applications[0].name != APPLICATION
+
+    module, _, name = application["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    service = Service.model_validate(application["args"])
+    serving = ServingConfig.model_validate(service.serving)
+    spec = of_kind(build, "RayService")["spec"]
+    cluster = spec["rayClusterConfig"]
+    least, most = room(cluster, "minReplicas"), room(cluster, "maxReplicas")
+    assert isinstance(serving.replicas, list)
+    for count, available in zip(serving.replicas, (least, most), strict=True):
+        assert serving.cpus_per_replica * count <= available["cpus"]
+        assert serving.gpus_per_replica * count <= available["gpus"]
+    assert cluster.get("enableInTreeAutoscaling", False) == (least != most)
+    assert spec["rayClusterDeletionDelaySeconds"] >= serving.max_seconds + PATIENCE
+    for template in pod_templates(cluster):
+        pod = template["spec"]
+        if "tolerations" not in pod:  # of a spot node nothing asks how long it may take
+            assert pod["terminationGracePeriodSeconds"] >= serving.max_seconds + PATIENCE
+        (mount,) = (it for it in pod["containers"][0]["volumeMounts"] if it["name"] == "api-keys")
+        assert service.api_keys == f"{mount['mountPath']}/keys.txt"
+        ports = {port["name"]: port["containerPort"] for port in pod["containers"][0]["ports"]}
+        assert ports["serve"] == deployed.http_options.port
+
+
+@pytest.mark.parametrize("build", SERVICES)
+def test_ray_builds_the_application_of_the_serve_config(
+    build: str, tiny: Workplace, tmp_path: Path
+) -> None:
+    from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_app
+
+    from tasks.deployment import application
+
+    keys = tmp_path / "keys.txt"
+    keys.write_text("ann ann-0123456789abcdef\n")
+    args = serve_config(build)[1]["args"] | {
+        "model": "digits@champion",
+        "tracking_uri": f"sqlite:///{tiny.folder}/mlflow.db",
+        "api_keys": str(keys),
+    }
+    ingress = build_app(application, args)._bound_deployment
+    # it holds the requests: not on a node that may be taken away
+    assert ingress.ray_actor_options["resources"] == {HEAD_NODE_RESOURCE_NAME: 0.001}
+    handle, reference, called, config, clients = ingress.init_args
+    assert (str(reference), called, list(clients.values())) == (
+        "digits@1",
+        "digits@champion",
+        ["ann"],
+    )
+    least, most = config.replicas
+    autoscaling = handle._bound_deployment._deployment_config.autoscaling_config
+    assert (autoscaling.min_replicas, autoscaling.max_replicas) == (least, most)
+    # how the model was registered holds where the Serve config says nothing
+    assert config.mode == "exact" and [least, most] == args["serving"]["replicas"]
+    for wrong, sentence in [
+        ({"serving": {"replica": 2}}, "serving.replica 2: extra inputs are not permitted"),
+        ({"models": "digits@1"}, "models\n  Extra inputs are not permitted"),
+        ({"model": "digits@99"}, "'digits' has no version or alias '99'"),
+    ]:
+        with pytest.raises(Exception, match=re.escape(sentence)):
+            build_app(application, {**args, **wrong})

@@ -1,0 +1,607 @@
+"""The whole path on real Ray: images in, a registered model and samples out; killed and resumed."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from pipeline import storage
+from pipeline.data import shard_list
+from pipeline.data.images import png
+from pipeline.data.sources import DataConfig
+from pipeline.errors import DataError
+from pipeline.evaluation.real_images import extractor_of, write_tensors
+from tasks.preprocess import check_bad_share
+from tasks.previews import Wanted, preview
+from tests.conftest import ROOT, Workplace, end, ray_workers, tiny_command, wait_for
+from tests.shard_sets import parts_of
+
+
+def weights_of(place: Workplace) -> str:
+    """The sha256 of the final EMA weights."""
+    (entry,) = [
+        f for f in place.manifest("train")["files"] if f["path"].endswith("ema.safetensors")
+    ]
+    return str(entry["sha256"])
+
+
+def database_of(place: Workplace) -> "contextlib.closing[sqlite3.Connection]":
+    return contextlib.closing(sqlite3.connect(place.folder / "mlflow.db"))
+
+
+def metric_history(place: Workplace, name: str) -> list[tuple[int, float]]:
+    with database_of(place) as database:
+        rows = database.execute(
+            "SELECT step, value FROM metrics WHERE key = ? ORDER BY step", (name,)
+        )
+        return [(int(step), float(value)) for step, value in rows]
+
+
+def final_step(place: Workplace) -> int:
+    """The newest complete checkpoint of a training that may be running."""
+    states = place.folder.glob("runs/train/*/step-*/state.json")
+    return max((int(path.parent.name.removeprefix("step-")) for path in states), default=0)
+
+
+# --- a quiet run --------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_a_table_and_says_where_to_look(tiny: Workplace) -> None:
+    output = (tiny.folder / "first_run.txt").read_text()
+    for stage in ("preprocess", "reference", "train", "evaluate", "register", "sample"):
+        assert f"\n{stage}" in output
+    assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in output
+    assert "ddpm serve digits@champion" in output
+    (grid_line,) = [line for line in output.splitlines() if line.startswith("samples ")]
+    with Image.open(tiny.folder / grid_line.split()[1]) as grid:
+        assert grid.size == (8 * 72 + 8, 10 * 72 + 8)
+    for noise in ("WARNING", "INFO", "Traceback", "(pid=", "Deprecat"):
+        assert noise not in output
+
+
+def test_every_file_of_an_output_is_in_its_manifest_with_its_hash(tiny: Workplace) -> None:
+    from pipeline.storage import sha256
+
+    for stage in ("preprocess", "reference", "train", "evaluate", "register", "sample"):
+        (path,) = (tiny.folder / "runs" / stage).glob("*/manifest.json")
+        manifest = json.loads(path.read_text())
+        assert manifest["id"] == path.parent.name
+        assert manifest["files"]
+        for entry in manifest["files"]:
+            data = (path.parent / entry["path"]).read_bytes()
+            assert (len(data), sha256(data)) == (entry["bytes"], entry["sha256"])
+
+
+def test_no_image_is_lost_between_source_and_shards(tiny: Workplace) -> None:
+    stats = tiny.manifest("preprocess")["stats"]
+    assert sum(stats["num_images"].values()) == sum(stats["class_counts"]) == 1797
+    assert stats["num_images"]["holdout"] == pytest.approx(0.15 * 1797, abs=50)
+    assert stats["num_bad"] == 0
+
+
+def test_the_mlflow_run_tells_the_training(tiny: Workplace) -> None:
+    assert [step for step, _ in metric_history(tiny, "loss")] == list(range(5, 61, 5))
+    for name in ("lr", "images_per_second", "grad_norm", "system/cpu_utilization_percentage"):
+        assert len(metric_history(tiny, name)) == 12
+    utilisation = [share for _, share in metric_history(tiny, "utilisation")]
+    assert all(0 < share < 2 for share in utilisation)
+    quartiles = [metric_history(tiny, f"loss_quartile_{i}")[-1][1] for i in (1, 2, 3, 4)]
+    assert quartiles[0] > quartiles[3], "the less noise, the harder it is to see"
+    (config,) = (tiny.folder / "mlruns").rglob("config.yaml")
+    assert yaml.safe_load(config.read_text())["training"]["steps"] == 60
+    (environment,) = (tiny.folder / "mlruns").rglob("environment.txt")
+    assert f"torch=={torch.__version__}" in environment.read_text()
+    assert [step for step, _ in metric_history(tiny, "holdout_loss")] == [20, 40, 60]
+    assert len(metric_history(tiny, "class_accuracy")) == 1
+    measured = [step for step, _ in metric_history(tiny, "kd_cnn_digits_n10")]
+    assert set(measured) <= {20, 40, 60}, "of checkpoints that found the reference finished"
+    with database_of(tiny) as database:
+        assert database.execute("SELECT count(*), min(status) FROM runs").fetchone() == (
+            1,
+            "FINISHED",
+        )
+        ((digest, profile),) = database.execute("SELECT digest, dataset_profile FROM datasets")
+    assert digest == tiny.manifest("preprocess")["id"]
+    assert json.loads(profile)["pixel_mean"] == tiny.manifest("preprocess")["stats"]["pixel_mean"]
+    grids = list((tiny.folder / "mlruns").rglob("images/samples+step+*.png"))
+    assert len(grids) == 3
+    (sheet,) = (tiny.folder / "mlruns").rglob("images/contact_sheet+step+0+*.png")
+    (made,) = (tiny.folder / "runs" / "preprocess").glob("*/contact_sheet.png")
+    assert np.array_equal(np.asarray(Image.open(sheet)), np.asarray(Image.open(made)))
+    waits = [share for _, share in metric_history(tiny, "data_wait")]
+    assert len(waits) == 12
+    assert all(0 <= share < 1 for share in waits)
+
+
+def test_every_figure_says_how_it_was_measured_and_every_missing_one_why(tiny: Workplace) -> None:
+    stats = tiny.manifest("evaluate")["stats"]
+    figures = stats["figures"]
+    assert {"holdout_loss", "class_accuracy", "kd_cnn_digits", "recall_cnn_digits"} <= set(figures)
+    for figure in figures.values():
+        low, high = figure["interval"]
+        assert low <= figure["value"] <= high
+        assert figure["n"] > 0
+        assert figure["better"] in ("lower", "higher")
+    assert stats["protocol"]["weights"] == "ema"
+    shard_set = tiny.manifest("preprocess")["id"]
+    assert figures["kd_cnn_digits"]["measured"]["reference"] == shard_set
+    assert figures["holdout_loss"]["measured"]["held_out"] == shard_set
+    assert figures["kd_cnn_digits"]["measured"]["sampling"]["steps"] == 4
+    extractor = tiny.manifest("reference")["stats"]["extractor"]
+    assert figures["kd_cnn_digits"]["measured"]["extractor"] == extractor["digest"]
+    floor = figures["kd_cnn_digits"]["floor"]
+    assert floor["n"] == 20
+    assert floor["real"] < floor["samples"], "of a network that was hardly trained"
+    assert "needs at least 129 images a set, here are 20" in stats["skipped"]["fd_cnn_digits"]
+    assert len(metric_history(tiny, "kd_cnn_digits")) == 1
+
+
+def test_a_small_evaluation_is_made_of_a_checkpoint(tiny: Workplace) -> None:
+    (uri,) = (tiny.folder / "runs" / "train").glob("*/step-000000060")
+    (shard_set,) = (tiny.folder / "runs" / "preprocess").iterdir()
+    (reference,) = (tiny.folder / "runs" / "reference").iterdir()
+    wanted = Wanted(str(shard_set), 100, str(reference), num_measured=10, guidance=0.5, seed=0)
+    made = preview(str(uri), wanted)
+    assert set(made.figures) == {
+        f"{name}_n10"
+        for name in (
+            "class_accuracy",
+            "kd_cnn_digits",
+            "score_cnn_digits",
+            "precision_cnn_digits",
+            "recall_cnn_digits",
+            "density_cnn_digits",
+            "coverage_cnn_digits",
+        )
+    }
+    assert made == preview(str(uri), wanted), "of the same images"
+    none = preview(str(uri), replace(wanted, reference=str(reference / "not finished")))
+    assert none == replace(made, figures={})
+
+
+def test_a_killed_evaluation_goes_on_with_the_samples_that_it_had(
+    tiny: Workplace, tmp_path: Path
+) -> None:
+    place = place_with_shards(tiny, tmp_path)
+    shutil.copytree(tiny.folder / "runs" / "train", place.folder / "runs" / "train")
+    more = [
+        "evaluation.samples=60",
+        "evaluation.over_steps={samplers: [ddim, heun], steps: [2, 4], samples: 8}",
+    ]
+    said = place.quick(*tiny_command("status", *more))
+    (stage_id,) = re.findall(r"runs/evaluate/([0-9a-f]{16})", said)
+    folder = place.folder / "runs" / "evaluate" / stage_id
+    (reference,) = (place.folder / "runs" / "reference").iterdir()
+    extractor = extractor_of(str(reference))
+    assert extractor is not None
+    black = np.zeros((48, 8, 8, 1), np.uint8)  # by which they are known
+    features, log_probs = extractor(black)
+    assert log_probs is not None
+    had = {
+        "pixels": torch.from_numpy(black),
+        "evaluations": torch.full((48,), 1000),
+        "features": features,
+        "log_probs": log_probs,
+    }
+    samples = folder / "samples" / "figures"
+    write_tensors(str(samples / "00000.safetensors"), had)
+    (samples / "00001.safetensors").write_bytes(b"torn")
+    place.run_tiny(*more, verb="evaluate")
+    stats = place.manifest("evaluate")["stats"]
+    assert stats["protocol"]["network_evaluations"] == (48 * 1000 + 12 * 8) / 60
+    assert stats["figures"]["class_accuracy"]["n"] == 60
+    points = stats["protocol"]["over_steps"]
+    assert [(point["sampler"], point["evaluations"]) for point in points] == [
+        ("ddim", 4.0),
+        ("ddim", 8.0),
+        ("heun", 6.0),
+        ("heun", 14.0),
+    ], "guided, so two for each network evaluation; Heun's last step has one"
+    assert {"kd_cnn_digits", "recall_cnn_digits"} <= set(points[0]["figures"])
+    names = ["grid.png", "manifest.json", "metrics.json", "neighbours.png", "over_steps.png"]
+    assert sorted(path.name for path in folder.glob("[!.]*")) == [*names, "timesteps.png"]
+
+
+def test_the_second_run_finds_everything_cached(tiny: Workplace) -> None:
+    manifests = {path: path.read_text() for path in tiny.folder.glob("runs/*/*/manifest.json")}
+    output = tiny.run_tiny()
+    assert output.count("cached") == 12
+    assert "will run" not in output
+    assert {
+        path: path.read_text() for path in tiny.folder.glob("runs/*/*/manifest.json")
+    } == manifests
+
+
+def test_a_changed_value_reaches_what_is_downstream_of_it(tiny: Workplace) -> None:
+    output = tiny.quick(*tiny_command("explain", "training.lr=2e-3"))
+    states = {line.split()[0]: line for line in output.splitlines()}
+    for stage in ("preprocess", "reference"):
+        assert "cached" in states[stage]
+    assert "will run  training.lr: 0.001 → 0.002" in states["train"]
+    for stage in ("evaluate", "register", "sample"):
+        assert "will run  its input will be made anew" in states[stage]
+    output = tiny.quick(*tiny_command("explain", "evaluation.samples=30"))
+    assert "evaluate   will run  evaluation.samples: 20 → 30" in output
+    assert output.count("cached") == 3
+    output = tiny.quick(*tiny_command("explain", "cluster.workers=1"))
+    assert output.count("cached") == 6, "where it runs is not what it computes"
+    output = tiny.quick(*tiny_command("explain", "serving.replicas=3"))
+    assert "register   will run  serving.replicas: 2 → 3" in output
+    assert output.count("cached") == 4
+
+
+def test_a_registry_that_was_lost_is_filled_again(tiny: Workplace, tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    shutil.copytree(tiny.folder / "runs", place.folder / "runs")
+    output = place.run_tiny()
+    assert "register   will run  the version it made is not in the registry at" in output
+    for stage, outcome in (("train", "cached"), ("register", "done"), ("sample", "done")):
+        assert re.search(rf"^{stage} +{outcome} ", output, re.MULTILINE), output
+    assert metric_history(place, "loss") == metric_history(tiny, "loss")
+    png_path = next((place.folder / "runs" / "sample").glob("*/0000.png"))
+    assert "bit for bit" in place.quick("reproduce", str(png_path))
+
+
+def test_lineage_leads_from_the_version_to_the_source(tiny: Workplace) -> None:
+    with database_of(tiny) as database:
+        tags = dict(database.execute("SELECT key, value FROM model_version_tags WHERE version = 1"))
+        (run,) = database.execute("SELECT run_uuid FROM runs").fetchone()
+        aliases = database.execute("SELECT alias, version FROM registered_model_aliases").fetchall()
+    assert ("champion", 1) in aliases
+    assert tags["ddpm.train_id"] == tiny.manifest("train")["id"]
+    shards = tiny.manifest("preprocess")
+    assert tags["ddpm.shard_set_id"] == shards["id"]
+    assert tags["ddpm.source_sha256"] == shards["stats"]["source_sha256"]
+    (model,) = (tiny.folder / "mlruns").rglob("model.json")
+    description = json.loads(model.read_text())
+    assert description["digest"] == tags["ddpm.model_digest"]
+    assert description["lineage"]["mlflow_run_id"] == run
+    assert description["weights_sha256"] == weights_of(tiny)
+    assert description["lineage"]["config"]["training"]["steps"] == 60
+
+
+def test_samples_are_their_recipe_whoever_draws_them(tiny: Workplace, tmp_path: Path) -> None:
+    """60 images dealt to tasks, then some of them alone and in this process."""
+    options = ["-n", "60", "--seed", "7", "--steps", "4", "--label", "3", "--guidance", "1"]
+    tiny.ddpm("sample", "digits@champion", *options, "--out", str(tmp_path))
+    assert len(list(tmp_path.glob("*.png"))) == 61
+    again = tmp_path / "again.png"
+    for name in ("0000.png", "0031.png", "0059.png"):
+        output = tiny.quick("reproduce", str(tmp_path / name), "--out", str(again))
+        assert "bit for bit" in output
+        assert again.read_bytes() == (tmp_path / name).read_bytes()
+    ours = next((tiny.folder / "runs" / "sample").glob("*/0000.png"))
+    assert "bit for bit" in tiny.quick("reproduce", str(ours))
+
+    tampered = tmp_path / "tampered.png"
+    with Image.open(tmp_path / "0000.png") as image:
+        tampered.write_bytes(png(255 - np.asarray(image)[..., None], {"ddpm": image.info["ddpm"]}))
+    assert "pixels differ" in tiny.quick("reproduce", str(tampered), code=1)
+
+
+# --- disturbed runs -----------------------------------------------------------------------------
+
+
+def place_with_shards(tiny: Workplace, folder: Path) -> Workplace:
+    """A workplace in which training comes next."""
+    for stage in ("preprocess", "reference"):
+        shutil.copytree(tiny.folder / "runs" / stage, folder / "runs" / stage)
+    return Workplace(folder)
+
+
+def assert_ends_like_the_quiet_run(place: Workplace, tiny: Workplace) -> None:
+    """Same weights bit for bit, same history without duplicates, same samples."""
+    assert weights_of(place) == weights_of(tiny)
+    for name in ("loss", "lr", "holdout_loss", "class_accuracy"):
+        assert metric_history(place, name) == metric_history(tiny, name)
+    with database_of(place) as database:
+        assert database.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+    grids = [next((w.folder / "runs" / "sample").glob("*/grid.png")) for w in (place, tiny)]
+    assert grids[0].read_bytes() == grids[1].read_bytes()
+
+
+def test_lost_workers_and_controllers_are_replaced_and_nothing_changes(
+    tiny: Workplace, tmp_path: Path
+) -> None:
+    place = place_with_shards(tiny, tmp_path)
+    process = place.start(*tiny_command("run"))
+    try:
+        wait_for(lambda: final_step(place) >= 20, 120, "the first checkpoint")
+        victims = ray_workers(process.pid, "RayTrainWorker")
+        assert len(victims) == 2
+        victims[1].kill()
+        wait_for(lambda: set(ray_workers(process.pid, "RayTrainWorker")) - set(victims), 60, "new")
+        (controller,) = ray_workers(process.pid, "TrainController")
+        controller.kill()
+        output, _ = process.communicate(timeout=200)
+    finally:
+        end(process)
+    assert process.returncode == 0, output
+    assert_ends_like_the_quiet_run(place, tiny)
+
+
+@contextlib.contextmanager
+def nodes() -> Iterator[Callable[[str], str]]:
+    """A cluster without nodes at first; what is given asks it, as tests/nodes.py says."""
+    command = [sys.executable, "-m", "tests.nodes"]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def ask(line: str) -> str:
+            assert process.stdin is not None and process.stdout is not None
+            print(line, file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            assert answer, "the cluster is gone"
+            return answer
+
+        try:
+            yield ask
+        finally:
+            process.stdin.close()
+            process.wait(timeout=60)
+
+
+def wait_for_checkpoint(place: Workplace) -> None:
+    """Until there is a newer one."""
+    step = final_step(place)
+    wait_for(lambda: final_step(place) > step, 150, f"a checkpoint after step {step}")
+
+
+def test_a_training_ended_by_ctrl_c_and_then_killed_ends_as_if_it_had_not_been(
+    tiny: Workplace, tmp_path: Path
+) -> None:
+    place = place_with_shards(tiny, tmp_path)
+    process = place.start(*tiny_command("train"))
+    try:
+        wait_for(lambda: final_step(place) >= 20, 120, "the first checkpoint")
+        interrupt(process, signal.SIGINT)
+    finally:
+        end(process)
+    step = final_step(place)
+    assert 20 <= step < 60
+
+    process = place.start(*tiny_command("run"))
+    children: list[psutil.Process] = []
+    try:
+        workers = wait_for(lambda: ray_workers(process.pid, "RayTrainWorker"), 120, "a worker")
+        if step < 40:
+            wait_for(lambda: final_step(place) >= 40, 120, "the next checkpoint")
+            workers = ray_workers(process.pid, "RayTrainWorker")
+            assert len(workers) == 2
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        # they end with it, so that they do not compete with those of the next run
+        assert psutil.wait_procs(workers, timeout=20)[1] == []
+    finally:
+        end(process)
+    output = place.quick(*tiny_command("explain"))
+    assert "train      will run  was interrupted, goes on from step-0000000" in output
+    assert "preprocess cached" in output
+    place.run_tiny(verb="train")
+    assert weights_of(place) == weights_of(tiny)
+    assert metric_history(place, "loss") == metric_history(tiny, "loss")
+    for child in children:  # Ray's own agents would give up after a minute without their head
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def interrupt(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
+    """Send a signal to a command; it ends with 130, a sentence, and nothing left running."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert "interrupted: the same command goes on" in output
+    assert "Traceback" not in output
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_no_retry(
+    tiny: Workplace, tmp_path: Path
+) -> None:
+    place = place_with_shards(tiny, tmp_path)
+    output = place.run_tiny("training.lr=1e30", "training.warmup_steps=0", verb="train", code=1)
+    said = output.splitlines()[-1]
+    assert said.startswith("error: the training loss or its gradient is not finite at step")
+    (listed,) = place.folder.glob("runs/train/*/diverged-*.json")
+    found = json.loads(listed.read_text())
+    assert f"at step {found['step']}, on the images {found['images'][0]}," in said
+    assert len(found["images"]) == 32
+    assert "Traceback" not in output
+    assert final_step(place) == 0, "nothing of it is saved"
+
+
+def test_a_batch_larger_than_the_data_is_refused(tiny: Workplace, tmp_path: Path) -> None:
+    place = place_with_shards(tiny, tmp_path)
+    output = place.run_tiny("training.batch_size=4096", verb="train", code=2)
+    assert "error: training.batch_size=4096 is more than the 15" in output.splitlines()[-1]
+
+
+def make_photos(folder: Path, count: int = 24, copies: int = 5) -> None:
+    """Noise photographs large enough that decoding them takes seconds, in two classes."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / ("light" if i % 2 else "dark") / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(128 * (i % 2), 128 + 128 * (i % 2), (1200, 1200, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path, compress_level=1)
+        for copy in range(1, copies):
+            os.link(path, path.with_name(f"{i:03d}-{copy}.png"))
+
+
+PHOTOS = [
+    "data.drop_duplicates=false",
+    "data.image_size=16",
+    "network.attention_at=[8]",
+    "data.channels=3",
+    "data.images_per_shard=2",
+    "data.max_bad_fraction=0.2",
+]
+
+
+def shard_sets(place: Workplace) -> list[Path]:
+    """The newest first."""
+    manifests = place.folder.glob("runs/preprocess/*/manifest.json")
+    return [p.parent for p in sorted(manifests, key=lambda p: p.stat().st_mtime, reverse=True)]
+
+
+def parts(place: Workplace) -> dict[str, bytes]:
+    folder = shard_sets(place)[0]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.parquet")}
+
+
+def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> None:
+    """A task is killed, then the command is ended; the parts are those of a quiet run.
+
+    Then an image is added: only the shards near it are made anew.
+    """
+    photos = tmp_path / "photos"
+    make_photos(photos)
+    (photos / "dark" / "broken.png").write_bytes(b"not an image")
+    (photos / "light" / "empty.png").write_bytes(b"")
+    command = tiny_command("preprocess", f"data.source={photos}", *PHOTOS)
+    quiet = Workplace(tmp_path / "quiet")
+    quiet.folder.mkdir()
+    output = quiet.ddpm(*command)
+    assert "left out 2 unusable (dark/broken.png: it is not a PNG" in output
+    assert "light/empty.png: the file is empty)" in output
+    stats = quiet.manifest("preprocess")["stats"]
+    assert stats["class_names"] == ["dark", "light"]
+    assert stats["class_counts"] == [60, 60]
+    assert sum(stats["num_images"].values()) == 120
+    reasons = {bad["key"]: bad["reason"] for bad in stats["bad"]}
+    assert reasons["light/empty.png"] == "the file is empty"
+    assert reasons["dark/broken.png"].startswith("it is not a PNG")
+    assert stats["num_bad"] == 2
+
+    killed = Workplace(tmp_path / "killed")
+    killed.folder.mkdir()
+    process = killed.start(*command)
+    try:
+        records = lambda: len(list(killed.folder.glob("runs/preprocess/*/parts/*.json")))  # noqa: E731
+        victim = wait_for(lambda: ray_workers(process.pid, "preprocess_shard"), 60, "a task")[0]
+        victim.kill()
+        done = wait_for(records, 60, "a finished shard")
+        interrupt(process, signal.SIGTERM)
+    finally:
+        end(process)
+    before = {p: p.stat().st_mtime_ns for p in killed.folder.glob("runs/preprocess/*/parts/*.json")}
+    num_shards = len(shard_list.read(str(shard_sets(quiet)[0])))
+    assert done <= len(before) < num_shards
+    assert "goes on from what is finished" in killed.quick("explain", *command[1:])
+    killed.ddpm(*command)
+    assert {p: p.stat().st_mtime_ns for p in before} == before, "finished shards are not made again"
+    assert parts(killed) == parts(quiet)
+    assert killed.manifest("preprocess")["id"] == quiet.manifest("preprocess")["id"]
+    folder = shard_sets(quiet)[0]
+    sheet = np.asarray(Image.open(folder / "contact_sheet.png"))
+    assert sheet.shape == (10 * 68 + 4, 2 * 68 + 4, 3)
+    assert sheet[20, 20].mean() < 128 < sheet[20, 88].mean(), "dark left, light right"
+
+    Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(photos / "light" / "012-new.png")
+    damaged = next(folder.glob("train/*.parquet"))
+    damaged.chmod(0o600)  # in place: the parts of a ShardSet may have a second name in a later one
+    damaged.write_bytes(b"damaged" + damaged.read_bytes()[7:])
+    quiet.ddpm(*command)
+    newest = shard_sets(quiet)[0]
+    assert newest != folder
+    inodes = [{p.stat().st_ino for p in s.rglob("*.parquet")} for s in (folder, newest)]
+    assert 0 < len(inodes[1] - inodes[0]) <= 10
+    assert len(inodes[1] & inodes[0]) > 30
+    assert damaged.stat().st_ino not in inodes[1]
+    assert sum(json.loads((newest / "manifest.json").read_text())["stats"]["class_counts"]) == 121
+
+
+def test_two_runs_at_once_make_one_sound_output(tmp_path: Path) -> None:
+    make_photos(tmp_path / "photos", count=8)
+    command = tiny_command("preprocess", f"data.source={tmp_path / 'photos'}", *PHOTOS)
+    place = Workplace(tmp_path)
+    both = [place.start(*command) for _ in range(2)]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in both]
+    finally:
+        for process in both:
+            end(process)
+    assert [process.returncode for process in both] == [0, 0], outputs
+    outcomes = [re.findall(r"^preprocess +(done|made by another run) ", o, re.M) for o in outputs]
+    assert sorted(outcomes) == [["done"], ["made by another run"]], outputs
+    folder = shard_sets(place)[0]
+    for entry in parts_of(str(folder)):
+        assert storage.sha256((folder / entry.path).read_bytes()) == entry.sha256
+    assert sum(place.manifest("preprocess")["stats"]["class_counts"]) == 40
+
+
+def test_archives_are_looked_into_by_tasks_of_which_one_is_killed_and_one_finds_damage(
+    tmp_path: Path,
+) -> None:
+    make_photos(tmp_path / "photos", count=2, copies=3)
+    archives = tmp_path / "archives"
+    archives.mkdir()
+    with tarfile.open(archives / "0.tar.gz", "w:gz", compresslevel=1, dereference=True) as tar:
+        for photo in sorted((tmp_path / "photos").rglob("*.png")):
+            tar.add(photo, photo.relative_to(tmp_path / "photos"))
+    for i in range(1, 8):
+        os.link(archives / "0.tar.gz", archives / f"{i}.tar.gz")
+    command = tiny_command("preprocess", f"data.source={archives}", *PHOTOS)
+    place = Workplace(tmp_path)
+    process = place.start(*command)
+    try:
+        wait_for(lambda: ray_workers(process.pid, "ray::look"), 60, "a task")[0].kill()
+        output, _ = process.communicate(timeout=120)
+    finally:
+        end(process)
+    assert process.returncode == 0, output
+    stats = place.manifest("preprocess")["stats"]
+    assert stats["class_counts"] == [24, 24]
+    assert len(list((tmp_path / "runs" / "index").iterdir())) == 8
+
+    (archives / "a.tar.gz").write_bytes(b"rubbish")
+    os.link(archives / "0.tar.gz", archives / "b.tar.gz")
+    output = place.ddpm(*command, code=2)
+    assert output.splitlines()[-1].startswith(
+        f"error: data.source: {archives}/a.tar.gz is truncated"
+    )
+    assert "Traceback" not in output
+
+
+def test_more_bad_images_than_allowed_are_refused() -> None:
+    config = DataConfig(source="x", image_size=8, channels=1, max_bad_fraction=0.1)
+    bad = [{"key": f"{i}.png", "reason": "the file is empty"} for i in range(11)]
+    check_bad_share(bad[:10], 100, config)
+    with pytest.raises(DataError, match=r"11 of 100 images .* data.max_bad_fraction=0.1 allows"):
+        check_bad_share(bad, 100, config)
+    lenient = config.model_copy(update={"max_bad_fraction": 1.0})
+    check_bad_share(bad, 12, lenient)
+    with pytest.raises(DataError, match=r"none of its 11 images can be used \(0.png: the file is"):
+        check_bad_share(bad, 11, lenient)
+
+
+def test_a_source_of_nothing_but_bad_images_is_refused(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(3):
+        (photos / f"{i}.png").write_bytes(b"not an image, %d" % i)
+    output = Workplace(tmp_path).run_tiny(f"data.source={photos}", verb="preprocess", code=2)
+    assert "none of its 3 images can be used" in output
+    assert "Traceback" not in output

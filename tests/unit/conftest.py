@@ -1,0 +1,33 @@
+"""No test of this tier starts a process: what needs one belongs to tests/system."""
+
+import os
+import sys
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+COMPILERS = {"c++", "g++", "gcc", "cc", "ninja", "ld", "ldconfig", "uname", "which"}
+"""What building a C++ extension, and looking for a library, may start."""
+_running: list[str] = []
+"""The test of this tier that runs now."""
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _running or event not in ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system"):
+        return
+    program = os.path.basename(str(arguments[0])) if event == "subprocess.Popen" else event
+    if program not in COMPILERS:
+        raise AssertionError(f"{_running[0]} starts a process ({program}): move it to tests/system")
+
+
+sys.addaudithook(_refuse)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    _running.append(item.nodeid)
+    try:
+        return (yield)
+    finally:
+        _running.clear()

@@ -1,0 +1,86 @@
+"""The import rules of the design, and that importing a module has no effect."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+LEVELS = [
+    {"errors", "seeding", "bucket_errors", "lease", "storage"},
+    {"diffusion", "networks", "data"},
+    {"samplers", "training"},
+    {"evaluation", "registry", "serving"},
+    {"config"},
+]
+WITHIN_A_LEVEL = {
+    ("storage", "errors"),
+    ("storage", "lease"),
+    ("storage", "bucket_errors"),
+    ("lease", "bucket_errors"),
+    ("registry", "serving"),  # the pyfunc flavour draws with the engine
+}
+CORE = {"diffusion", "networks", "samplers"}
+FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")])
+STAGES = {"preprocess", "reference", "train", "evaluate", "register", "sample", "serve", "submit"}
+
+
+def imported_modules(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def unit(module: str) -> str | None:
+    """`pipeline.data.images` -> `data`."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "pipeline" and len(parts) > 1 else None
+
+
+def level(name: str) -> int:
+    return next(i for i, names in enumerate(LEVELS) if name in names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_only_go_downwards(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    imports = imported_modules(path)
+    if module.startswith("pipeline"):
+        assert not {name for name in imports if name.split(".")[0] in ("tasks", "ray")}
+        here = unit(module)
+        for there in {unit(name) for name in imports} - {None, here}:
+            assert here is not None and there is not None
+            allowed = level(there) < level(here) or (here, there) in WITHIN_A_LEVEL
+            assert allowed, f"{module} imports pipeline.{there}"
+            if here in CORE:
+                assert there in CORE | {"errors", "seeding"}, f"{module} imports pipeline.{there}"
+    else:
+        here = module.removeprefix("tasks.")
+        theirs = {name.split(".")[1] for name in imports if name.startswith("tasks.")}
+        if here in STAGES:
+            assert not theirs & (STAGES | {"workflow", "__main__"}), f"{module} imports a stage"
+
+
+def test_the_environment_is_read_in_two_places_only() -> None:
+    readers = {
+        path.relative_to(ROOT).as_posix()
+        for path in FILES
+        if any(word in path.read_text() for word in ("os.environ", "getenv"))
+    }
+    assert readers == {"tasks/__main__.py", "tasks/cluster.py"}
+
+
+def test_no_file_reads_pickles() -> None:
+    words = ("torch.load(", "pickle.load", "weights_only=False", "joblib")
+    assert [path.name for path in FILES if any(word in path.read_text() for word in words)] == []
+
+
+def test_the_readme_names_every_module() -> None:
+    readme = (ROOT / "README.md").read_text()
+    missing = [p.name for p in FILES if p.name != "__init__.py" and p.name not in readme]
+    assert missing == []
