@@ -49,22 +49,18 @@ _look_task = ray.remote(max_retries=3)(look)
 _preprocess_task = ray.remote(max_retries=3)(preprocess_shard)
 
 
-def index_folder(storage_uri: str) -> str:
-    """Where what a scan found in the files of its source is remembered."""
-    return storage.join(storage_uri, "index")
-
-
 def look_on_cluster(pieces: list[Piece], keep_in: str | None) -> Iterator[tuple[int, pa.Table]]:
     """`LookInto` of pipeline.data.pieces, in tasks."""
     return in_flight.results(_look_task, [(piece, keep_in) for piece in pieces])
 
 
-def run(ctx: StageContext, source: Source) -> Outcome:
-    """Write the ShardSet of a scanned source.
+def run(ctx: StageContext) -> Outcome:
+    """Write the ShardSet of the source that was scanned when the plan was made.
 
     Raises:
         DataError: no image can be used, or more than data.max_bad_fraction cannot.
     """
+    source: Source = ctx.external
     config, names = ctx.config.data, source.class_names
     storage.sweep(ctx.folder)
     shards, tally = cut(source, config.images_per_shard), Tally()

@@ -13,27 +13,11 @@ from pipeline.registry.folder import MODEL_JSON, model_files
 from pipeline.registry.models import (
     FIGURES_TAG,
     SERVING_TAG,
-    ModelReference,
-    find_version,
     register,
+    write_reference,
 )
 from tasks import averages
 from tasks.stage import Outcome, StageContext
-
-REFERENCE_JSON = "registered.json"
-"""The stage's output: name, version, digest and registry of the model."""
-
-
-def read_reference(folder: str) -> ModelReference:
-    """The version that a finished registration made."""
-    return ModelReference(**storage.read_json(storage.join(folder, REFERENCE_JSON)))
-
-
-def still_registered(folder: str, tracking_uri: str) -> bool:
-    """Whether the version that the output speaks of is in the registry that is used now."""
-    reference = read_reference(folder)
-    found = find_version(reference.name, reference.digest, tracking_uri)
-    return found is not None and reference.tracking_uri == tracking_uri
 
 
 def run(ctx: StageContext) -> Outcome:
@@ -70,7 +54,7 @@ def run(ctx: StageContext) -> Outcome:
     decision = decide(reference, rules.alias, rules.promote_if, figures, scores.stats["skipped"])
     ctx.progress.update(1)
     entries = [
-        storage.write_json(storage.join(ctx.folder, REFERENCE_JSON), vars(reference)),
+        write_reference(ctx.folder, reference),
         storage.write_bytes(storage.join(ctx.folder, MODEL_JSON), files[MODEL_JSON]),
     ]
     stats = {

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.data.images import grid
-from pipeline.registry.models import ModelReference, load_model
+from pipeline.registry.models import ModelReference, load_model, read_reference
 from pipeline.seeding import key
 from pipeline.serving.engine import ImageRequest, Mode
 from pipeline.serving.offline import draw
@@ -61,9 +61,9 @@ def draw_to_folder(
     return [files[i] for i in sorted(files)] + [entry]
 
 
-def run(ctx: StageContext, model: ModelReference) -> Outcome:
+def run(ctx: StageContext) -> Outcome:
     """A grid from the registered model, a row a class."""
-    config = ctx.config
+    config, model = ctx.config, read_reference(ctx.inputs["register"])
     spec = load_model(model.uri, model.tracking_uri).spec
     labels: list[int | None] = [None] * IMAGES_PER_CLASS**2
     if spec.num_classes:

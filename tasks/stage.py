@@ -1,12 +1,42 @@
-"""What a stage is given and what it gives back. `workflow.py` calls, each stage file implements."""
+"""A stage of the pipeline: what it declares, what it is given and what it gives back.
 
+`stages.py` declares the pipeline's own, `plan.py` says which of them must run, `workflow.py` runs
+them.
+"""
+
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.config import RunConfig
-from pipeline.registry.runs import TrackedRun
+from pipeline.data.pieces import LookInto, look_on_threads
 from pipeline.storage import FileEntry
+
+if TYPE_CHECKING:  # a look at the stages needs neither
+    from pipeline.config import RunConfig
+    from pipeline.registry.runs import TrackedRun
+
+
+@dataclass(frozen=True)
+class Look:
+    """How to look at what no stage made, such as the source of images."""
+
+    remember: bool = False
+    """Whether what is found may be written to the storage, for the next look."""
+    progress: Callable[[int, int], None] = lambda done, total: None
+    """Called with the number of files that were looked into, and of all."""
+    into: LookInto = look_on_threads
+    """How to look into many files."""
+
+
+@dataclass(frozen=True)
+class External:
+    """What a stage reads that no stage made."""
+
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """By name, as the ids of other stages' outputs are: they are part of the output's id."""
+    content: Any = None
+    """For the stage, as `StageContext.external`."""
 
 
 class Progress(Protocol):
@@ -23,7 +53,7 @@ class Progress(Protocol):
 class StageContext:
     """The surroundings of one run of a stage."""
 
-    config: RunConfig
+    config: "RunConfig"
     id: str
     folder: str
     """URI of the output."""
@@ -31,10 +61,12 @@ class StageContext:
     """URIs of the outputs it reads, by stage."""
     tracking_uri: str
     progress: Progress
-    tracked_run: Callable[[], TrackedRun]
+    tracked_run: "Callable[[], TrackedRun]"
     """The pipeline's MLflow run, opened when a stage first asks for it."""
     beside: dict[str, str] = field(default_factory=dict)
     """The same as `inputs` of outputs that may not be finished yet."""
+    external: Any = None
+    """What the stage's `inputs_of` found."""
 
 
 @dataclass(frozen=True)
@@ -45,3 +77,39 @@ class Outcome:
     stats: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     """What a person should hear of it when the stage is over."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A node of the DAG. Its output is a function of `reads`, of its inputs and of its code."""
+
+    name: str
+    run: Callable[[StageContext], Outcome]
+    """Writes the output below ctx.folder, but for its manifest. What an interrupted run left there
+    is the stage's to use."""
+    reads: tuple[str, ...] = ()
+    """The parts of the config that the output depends on: sections, or keys as `data.holdout`."""
+    apart_from: tuple[str, ...] = ()
+    """Keys that make no difference among `reads`."""
+    inputs: tuple[str, ...] = ()
+    """The stages whose outputs it reads."""
+    beside: tuple[str, ...] = ()
+    """The stages whose outputs it uses if they are there in time; what it makes is the same."""
+    format: int = 1
+    """Raised when the output changes its form, which makes older outputs strangers."""
+    inputs_of: "Callable[[RunConfig, Look], External]" = lambda config, look: External()
+    """Looks at what it reads that no stage made."""
+    why_invalid: Callable[[str, str], str] = lambda folder, tracking_uri: ""
+    """Of a finished output: why it must be made anew all the same; empty if it stands."""
+
+
+def at(place: str) -> Callable[..., Any]:
+    """The function at `module:name`, imported when it is called.
+
+    A stage's module brings torch and Ray along, which a look at the stages can do without.
+    """
+
+    def call(*arguments: Any) -> Any:
+        return pkgutil.resolve_name(place)(*arguments)
+
+    return call

@@ -9,10 +9,8 @@ from pipeline import storage
 from pipeline.data.images import BadImage, decode
 from pipeline.data.input_shards import InputShard, read
 from pipeline.data.shards import SPLITS, encode_part, part_path, split_of
-from pipeline.data.sources import DataConfig
+from pipeline.data.sources import NOT_IN_PARTS, DataConfig
 
-NOT_IN_PARTS = {"source", "labels", "class_names", "max_bad_fraction", "images_per_shard"}
-"""Keys of DataConfig that have no part in what is made of the items of a shard."""
 SHARD_SET_FORMAT = 5
 """Raised when the same source gives other parts, or another list of them."""
 MEASURED_EVERY = 8
@@ -28,7 +26,7 @@ def shard_digest(shard: InputShard, config: DataConfig, class_names: list[str]) 
     """What the parts of a shard depend on."""
     columns = ("key", "number", "digest", "bad")
     items = [shard.items[name].to_pylist() for name in columns]
-    settings = config.model_dump(exclude=NOT_IN_PARTS)
+    settings = config.model_dump(exclude=set(NOT_IN_PARTS))
     return storage.digest([SHARD_SET_FORMAT, settings, class_names, items])
 
 

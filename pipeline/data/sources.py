@@ -31,6 +31,12 @@ from pipeline.data.pieces import (
 )
 from pipeline.errors import DataError
 
+SCANNED = frozenset({"source", "labels"})
+"""Keys of DataConfig that say only where images and labels are. A scan finds what they are, and a
+hash of that is what outputs depend on in their place; see `Source.fingerprint`."""
+NOT_IN_PARTS = SCANNED | {"class_names", "max_bad_fraction", "images_per_shard"}
+"""Keys of DataConfig that make no difference to what becomes of the items of a shard. Any other
+key, a new one too, makes parts and their ShardSet different ones."""
 MAX_SHARD_BYTES = 2**30
 """Decoded pixels of a shard. A task holds them once, a second time while it writes them, encoded, a
 third time if they are encoded as PNG, and once more if the storage is remote."""

@@ -30,6 +30,7 @@ from pipeline.registry.gate import Rule
 from pipeline.registry.runs import TrackedRun, explained, first_line, log_artifact, make_client
 from pipeline.registry.turns import SQLITE, model_turn
 from pipeline.samplers.model import Model, ModelSpec, build_model
+from pipeline.storage import FileEntry
 from pipeline.training import checkpoint
 
 if TYPE_CHECKING:  # importing mlflow takes seconds
@@ -42,6 +43,8 @@ SERVING_TAG = "ddpm.serving"
 FIGURES_TAG = "ddpm.figures"
 """The figures of a version as JSON: what the gate compares another version with."""
 ARTIFACT_FOLDER = "model"
+REFERENCE_JSON = "registered.json"
+"""Of the stage `register`: name, version, digest and registry of the model."""
 
 
 class RegistryConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -75,6 +78,15 @@ class ModelReference:
     @property
     def uri(self) -> str:
         return f"models:/{self.name}/{self.version}"
+
+
+def write_reference(folder: str, reference: ModelReference) -> FileEntry:
+    return storage.write_json(storage.join(folder, REFERENCE_JSON), vars(reference))
+
+
+def read_reference(folder: str) -> ModelReference:
+    """The version that a finished registration made."""
+    return ModelReference(**storage.read_json(storage.join(folder, REFERENCE_JSON)))
 
 
 def load_model(uri: str, tracking_uri: str | None = None) -> Model:

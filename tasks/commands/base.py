@@ -14,7 +14,8 @@ from tasks.console import console
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
-    from tasks.workflow import Plan
+    from tasks.plan import Plan
+    from tasks.stage import Look
 
 ConfigArg = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
 ModelArg = Annotated[
@@ -56,10 +57,15 @@ def tracking_uri(context: typer.Context, configured: str | None = None) -> str:
     return str(uri)
 
 
-def make_plan(config: "RunConfig", tracking_uri: str, target: str = "sample", **how: Any) -> "Plan":
-    from tasks import workflow
+def plan_stages(
+    config: "RunConfig", tracking_uri: str, target: str | None = None, look: "Look | None" = None
+) -> "Plan":
+    """What must run for the stage `target`, by default the last."""
+    from tasks.plan import make_plan
+    from tasks.stage import Look
+    from tasks.stages import LAST, STAGES
 
-    return workflow.plan(config, tracking_uri, target, **how)
+    return make_plan(STAGES, config, tracking_uri, target or LAST, look or Look())
 
 
 def own_places(tracking_uri: str, storage_uri: str | None = None) -> dict[str, tuple[str, str]]:
@@ -76,9 +82,9 @@ def own_places(tracking_uri: str, storage_uri: str | None = None) -> dict[str, t
 
 
 def print_plan(plan: "Plan") -> None:
-    for stage in plan.stages:
-        state = "cached  " if stage.done else "will run"
-        console.print(f"{stage.spec.name:<11}{state}  {stage.reason}")
+    for planned in plan.stages:
+        state = "cached  " if planned.done else "will run"
+        console.print(f"{planned.name:<11}{state}  {planned.reason}")
 
 
 def validated(model: Any, prefix: str, **values: Any) -> Any:

@@ -8,21 +8,21 @@ import yaml
 from rich.table import Table
 
 from pipeline import storage
-from tasks.commands.base import ConfigArg, SetOption, load, make_plan, print_plan
+from tasks.commands.base import ConfigArg, SetOption, load, plan_stages, print_plan
 from tasks.console import console, shown
 
 
 def status(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
     """Say which stages are done and where their outputs are."""
     table = Table("stage", "state", "output", box=None, pad_edge=False)
-    for stage in make_plan(*load(context, config, set_)).stages:
-        table.add_row(stage.spec.name, "done" if stage.done else "to do", stage.folder)
+    for planned in plan_stages(*load(context, config, set_)).stages:
+        table.add_row(planned.name, "done" if planned.done else "to do", planned.folder)
     console.print(table)
 
 
 def explain(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
     """Say for each stage why it would or would not run."""
-    print_plan(make_plan(*load(context, config, set_)))
+    print_plan(plan_stages(*load(context, config, set_)))
 
 
 def show_config(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:

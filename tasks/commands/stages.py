@@ -15,8 +15,8 @@ from tasks.commands.base import (
     ConfigArg,
     SetOption,
     load,
-    make_plan,
     own_places,
+    plan_stages,
     print_plan,
     treat_sigterm_as_ctrl_c,
 )
@@ -25,7 +25,7 @@ from tasks.console import Board, command, console, duration, log_to_file, shown,
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.data.pieces import LookInto, Piece
-    from tasks.workflow import Plan
+    from tasks.plan import Plan
 
 
 def run(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
@@ -62,6 +62,7 @@ def _run_stages(
 
     from tasks import cluster, workflow
     from tasks.preprocess import look_on_cluster
+    from tasks.stages import tracked_run
 
     with contextlib.ExitStack() as stack:
 
@@ -86,13 +87,10 @@ def _run_stages(
 
             make_client(tracking_uri)  # a store that cannot be used is better found before the work
 
-        if all(stage.done for stage in plan.stages):
-            names = [stage.spec.name for stage in plan.stages]
-            results = [workflow.StageResult(name, "cached", 0.0) for name in names]
-        else:
+        if not all(planned.done for planned in plan.stages):
             start_ray()
-            with Board() as board:
-                results = workflow.run(plan, board)
+        with Board() as board:
+            results = workflow.run(plan, board, tracked_run)
 
     console.print()
     table = Table("stage", "", "time", box=None, pad_edge=False)
@@ -107,6 +105,8 @@ def _run_stages(
 def _plan_visibly(
     config: "RunConfig", tracking_uri: str, target: str, look_into: "LookInto"
 ) -> "Plan":
+    from tasks.stage import Look
+
     with Board() as board:
         bar = board.add("source")
 
@@ -115,10 +115,10 @@ def _plan_visibly(
                 bar.start(total, "files")
             bar.update(done)
 
-        plan = make_plan(
-            config, tracking_uri, target, remember=True, progress=show, look_into=look_into
-        )
-        num_images, num_classes = plan.source.items.num_rows, len(plan.source.class_names)
+        look = Look(remember=True, progress=show, into=look_into)
+        plan = plan_stages(config, tracking_uri, target, look)
+        source = plan["preprocess"].external
+        num_images, num_classes = source.items.num_rows, len(source.class_names)
         bar.close(f"{num_images:,} images" + (f" of {num_classes} classes" if num_classes else ""))
     return plan
 
@@ -131,9 +131,9 @@ def _print_where_to_look(plan: "Plan", target: str, log: Path) -> None:
         "sample": ("samples", "grid.png"),
     }
     for stage, (what, name) in places.items():
-        if any(planned.spec.name == stage for planned in plan.stages):
+        if any(planned.name == stage for planned in plan.stages):
             parts = [name] if name else []
-            console.print(f"{what:<9}{shown(storage.join(plan.folder(stage), *parts))}")
+            console.print(f"{what:<9}{shown(storage.join(plan[stage].folder, *parts))}")
     if target != "preprocess":
         console.print(f"MLflow   {_where_runs_are(plan.tracking_uri)}")
     if target == "sample":
@@ -150,7 +150,7 @@ def _where_runs_are(tracking_uri: str) -> str:
 
 def _what_to_serve(plan: "Plan") -> str:
     """The alias, or the version itself where the gate kept the alias from it."""
-    made = storage.read_manifest(plan.folder("register"))
+    made = storage.read_manifest(plan["register"].folder)
     assert made is not None
     promoted = made.stats["promotion"]["promoted"]
     which = plan.config.registry.alias if promoted else made.stats["version"]

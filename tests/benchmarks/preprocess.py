@@ -211,18 +211,20 @@ def preprocess(source: str, folder: Path, count: int) -> float:
     """The seconds that the stage takes, from listing the source to the manifest."""
     from tasks import workflow
     from tasks.console import Board
+    from tasks.plan import make_plan
     from tasks.preprocess import look_on_cluster
+    from tasks.stage import Look
+    from tasks.stages import STAGES, tracked_run
 
     uri = f"{folder}/{time.monotonic_ns()}"
     config = config_of(source, uri)
     with contextlib.redirect_stdout(io.StringIO()):
         begin = time.perf_counter()
-        plan = workflow.plan(
-            config, f"sqlite:///{uri}/mlflow.db", "preprocess", True, look_into=look_on_cluster
-        )
-        workflow.run(plan, Board())
+        look = Look(remember=True, into=look_on_cluster)
+        plan = make_plan(STAGES, config, f"sqlite:///{uri}/mlflow.db", "preprocess", look)
+        workflow.run(plan, Board(), tracked_run)
         seconds = time.perf_counter() - begin
-    manifest = storage.read_manifest(plan.folder("preprocess"))
+    manifest = storage.read_manifest(plan["preprocess"].folder)
     assert manifest is not None
     assert sum(manifest.stats["num_images"].values()) == count
     return seconds

@@ -158,12 +158,15 @@ class Bench:
     def preprocess(self) -> str:
         from tasks import workflow
         from tasks.console import Board
+        from tasks.plan import make_plan
+        from tasks.stage import Look
+        from tasks.stages import STAGES, tracked_run
 
         with contextlib.redirect_stdout(io.StringIO()):
             tracking = f"sqlite:///{self.folder}/mlflow.db"
-            plan = workflow.plan(self.config(1), tracking, "preprocess", True)
-            workflow.run(plan, Board())
-        return plan.folder("preprocess")
+            plan = make_plan(STAGES, self.config(1), tracking, "preprocess", Look(remember=True))
+            workflow.run(plan, Board(), tracked_run)
+        return plan["preprocess"].folder
 
     # --- arms: images a second of each window, without the first ---
 

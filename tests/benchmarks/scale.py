@@ -222,8 +222,8 @@ def run_driver(num_shards: int) -> dict[str, float]:
         source = scan(config.data)
         scanned, used = watch.lap(), time.process_time()
         place = storage.join(config.storage, "preprocess", "x")
-        context = StageContext(config, "x", place, {}, "", Silent(), lambda: _no_run())
-        outcome = preprocess.run(context, source)
+        context = StageContext(config, "x", place, {}, "", Silent(), _no_run, external=source)
+        outcome = preprocess.run(context)
         ran, used = watch.lap(), time.process_time() - used
         assert outcome.stats["num_images"]["train"] == num_shards
         return {"scan": scanned, "run": ran, "CPU": used, "MB": watch.grown()}

@@ -1,7 +1,9 @@
 """The command line's contract: exit codes, and one sentence for each mistake."""
 
+import contextlib
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.config import load_config
 from pipeline.errors import ModelNotFound
 from pipeline.registry.aliases import (
     DECISION_TAG,
@@ -19,7 +22,11 @@ from pipeline.registry.models import (
     read_tag,
     resolve,
 )
+from tasks.console import Board
+from tasks.plan import make_plan
 from tasks.stage import Outcome, StageContext
+from tasks.stages import STAGES, tracked_run
+from tasks.workflow import run
 from tests.conftest import ROOT, TINY, Workplace, tiny_command
 from tests.unit.test_gate import Silent
 
@@ -287,19 +294,19 @@ def test_the_network_alone_goes_out_as_a_graph(store: Workplace) -> None:
 def test_other_rules_decide_again_on_the_version_that_is_there(
     tiny: Workplace, tmp_path: Path
 ) -> None:
-    from pipeline.config import load_config
     from pipeline.registry.runs import TrackedRun
     from tasks import register
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    run = TrackedRun(uri, "digits", "t", {})
+    tracked = TrackedRun(uri, "digits", "t", {})
     stages = ("preprocess", "train", "evaluate")
     inputs = {stage: str(next((tiny.folder / "runs" / stage).iterdir())) for stage in stages}
 
     def outcome(*rules: str) -> Outcome:
         config = load_config(str(ROOT / "configs" / "digits.yaml"), [*TINY, *rules])
         folder = str(tmp_path / "register")
-        return register.run(StageContext(config, "id", folder, inputs, uri, Silent(), lambda: run))
+        context = StageContext(config, "id", folder, inputs, uri, Silent(), lambda: tracked)
+        return register.run(context)
 
     refused = outcome("registry.promote_if.class_accuracy={at_least: 1.5}")
     assert refused.note.startswith("not promoted: class_accuracy 0")
@@ -315,8 +322,33 @@ def test_other_rules_decide_again_on_the_version_that_is_there(
     assert json.loads(str(read_tag(champion, DECISION_TAG)))["promoted"]
     figures = json.loads(str(read_tag(champion, FIGURES_TAG)))
     assert set(figures) == set(tiny.manifest("evaluate")["stats"]["figures"])
-    assert len(run.client.search_model_versions("name = 'digits'")) == 1
+    assert len(tracked.client.search_model_versions("name = 'digits'")) == 1
 
     (card,) = (tmp_path / "mlruns").rglob("model/*/README.md")
     assert "| `class_accuracy` |" in card.read_text()
     assert (card.parent / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_registry_that_was_lost_is_filled_again(tiny: Workplace, tmp_path: Path) -> None:
+    shutil.copytree(tiny.folder / "runs", tmp_path / "runs")
+    place = Workplace(tmp_path)
+    said = place.quick(*tiny_command("explain"))
+    assert "register   will run  the version it made is not in the registry at" in said
+    assert "sample     will run  its input will be made anew: register" in said
+    assert said.count("cached") == 4
+
+    uri, runs = f"sqlite:///{tmp_path}/mlflow.db", f"storage={tmp_path}/runs"
+    config = load_config(str(ROOT / "configs" / "digits.yaml"), [*TINY, runs])
+    results = run(make_plan(STAGES, config, uri, "register"), Board(), tracked_run)
+    assert [result.outcome for result in results] == ["cached"] * 4 + ["done"]
+    assert place.quick(*tiny_command("explain")).count("cached") == 6
+    assert losses_in(place) == losses_in(tiny) != []
+    image = next((place.folder / "runs" / "sample").glob("*/0000.png"))
+    assert "bit for bit" in place.quick("reproduce", str(image))
+
+
+def losses_in(place: Workplace) -> list[tuple[int, float]]:
+    with contextlib.closing(sqlite3.connect(place.folder / "mlflow.db")) as database:
+        return database.execute(
+            "SELECT step, value FROM metrics WHERE key = 'loss' ORDER BY step"
+        ).fetchall()

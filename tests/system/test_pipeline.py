@@ -21,7 +21,6 @@ import torch
 import yaml
 from PIL import Image
 
-from pipeline import storage
 from pipeline.data import shard_list
 from pipeline.data.images import png
 from pipeline.data.sources import DataConfig
@@ -30,7 +29,6 @@ from pipeline.evaluation.real_images import extractor_of, write_tensors
 from tasks.preprocess import check_bad_share
 from tasks.previews import Wanted, preview
 from tests.conftest import ROOT, Workplace, end, ray_workers, tiny_command, wait_for
-from tests.shard_sets import parts_of
 
 
 def weights_of(place: Workplace) -> str:
@@ -228,36 +226,6 @@ def test_the_second_run_finds_everything_cached(tiny: Workplace) -> None:
     } == manifests
 
 
-def test_a_changed_value_reaches_what_is_downstream_of_it(tiny: Workplace) -> None:
-    output = tiny.quick(*tiny_command("explain", "training.lr=2e-3"))
-    states = {line.split()[0]: line for line in output.splitlines()}
-    for stage in ("preprocess", "reference"):
-        assert "cached" in states[stage]
-    assert "will run  training.lr: 0.001 → 0.002" in states["train"]
-    for stage in ("evaluate", "register", "sample"):
-        assert "will run  its input will be made anew" in states[stage]
-    output = tiny.quick(*tiny_command("explain", "evaluation.samples=30"))
-    assert "evaluate   will run  evaluation.samples: 20 → 30" in output
-    assert output.count("cached") == 3
-    output = tiny.quick(*tiny_command("explain", "cluster.workers=1"))
-    assert output.count("cached") == 6, "where it runs is not what it computes"
-    output = tiny.quick(*tiny_command("explain", "serving.replicas=3"))
-    assert "register   will run  serving.replicas: 2 → 3" in output
-    assert output.count("cached") == 4
-
-
-def test_a_registry_that_was_lost_is_filled_again(tiny: Workplace, tmp_path: Path) -> None:
-    place = Workplace(tmp_path)
-    shutil.copytree(tiny.folder / "runs", place.folder / "runs")
-    output = place.run_tiny()
-    assert "register   will run  the version it made is not in the registry at" in output
-    for stage, outcome in (("train", "cached"), ("register", "done"), ("sample", "done")):
-        assert re.search(rf"^{stage} +{outcome} ", output, re.MULTILINE), output
-    assert metric_history(place, "loss") == metric_history(tiny, "loss")
-    png_path = next((place.folder / "runs" / "sample").glob("*/0000.png"))
-    assert "bit for bit" in place.quick("reproduce", str(png_path))
-
-
 def test_lineage_leads_from_the_version_to_the_source(tiny: Workplace) -> None:
     with database_of(tiny) as database:
         tags = dict(database.execute("SELECT key, value FROM model_version_tags WHERE version = 1"))
@@ -432,12 +400,6 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_no_retry(
     assert final_step(place) == 0, "nothing of it is saved"
 
 
-def test_a_batch_larger_than_the_data_is_refused(tiny: Workplace, tmp_path: Path) -> None:
-    place = place_with_shards(tiny, tmp_path)
-    output = place.run_tiny("training.batch_size=4096", verb="train", code=2)
-    assert "error: training.batch_size=4096 is more than the 15" in output.splitlines()[-1]
-
-
 def make_photos(folder: Path, count: int = 24, copies: int = 5) -> None:
     """Noise photographs large enough that decoding them takes seconds, in two classes."""
     rng = np.random.default_rng(0)
@@ -533,25 +495,6 @@ def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> No
     assert sum(json.loads((newest / "manifest.json").read_text())["stats"]["class_counts"]) == 121
 
 
-def test_two_runs_at_once_make_one_sound_output(tmp_path: Path) -> None:
-    make_photos(tmp_path / "photos", count=8)
-    command = tiny_command("preprocess", f"data.source={tmp_path / 'photos'}", *PHOTOS)
-    place = Workplace(tmp_path)
-    both = [place.start(*command) for _ in range(2)]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in both]
-    finally:
-        for process in both:
-            end(process)
-    assert [process.returncode for process in both] == [0, 0], outputs
-    outcomes = [re.findall(r"^preprocess +(done|made by another run) ", o, re.M) for o in outputs]
-    assert sorted(outcomes) == [["done"], ["made by another run"]], outputs
-    folder = shard_sets(place)[0]
-    for entry in parts_of(str(folder)):
-        assert storage.sha256((folder / entry.path).read_bytes()) == entry.sha256
-    assert sum(place.manifest("preprocess")["stats"]["class_counts"]) == 40
-
-
 def test_archives_are_looked_into_by_tasks_of_which_one_is_killed_and_one_finds_damage(
     tmp_path: Path,
 ) -> None:
@@ -595,13 +538,3 @@ def test_more_bad_images_than_allowed_are_refused() -> None:
     check_bad_share(bad, 12, lenient)
     with pytest.raises(DataError, match=r"none of its 11 images can be used \(0.png: the file is"):
         check_bad_share(bad, 11, lenient)
-
-
-def test_a_source_of_nothing_but_bad_images_is_refused(tmp_path: Path) -> None:
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for i in range(3):
-        (photos / f"{i}.png").write_bytes(b"not an image, %d" % i)
-    output = Workplace(tmp_path).run_tiny(f"data.source={photos}", verb="preprocess", code=2)
-    assert "none of its 3 images can be used" in output
-    assert "Traceback" not in output

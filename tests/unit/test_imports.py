@@ -63,7 +63,11 @@ def test_imports_only_go_downwards(path: Path) -> None:
         here = module.removeprefix("tasks.")
         theirs = {name.split(".")[1] for name in imports if name.startswith("tasks.")}
         if here in STAGES:
-            assert not theirs & (STAGES | {"workflow", "__main__"}), f"{module} imports a stage"
+            above = {"stages", "plan", "workflow", "__main__"}
+            assert not theirs & (STAGES | above), f"{module} imports a stage"
+        if here in ("stage", "plan", "workflow"):
+            assert not theirs & (STAGES | {"stages"}), f"{module} imports a stage"
+            assert not [name for name in STAGES if f'"{name}"' in path.read_text()]
 
 
 def test_the_environment_is_read_in_two_places_only() -> None:

@@ -240,8 +240,9 @@ class Stage:
         form = ["data.channels=3", "data.images_per_shard=4"]
         config = load_config(str(ROOT / "configs" / "digits.yaml"), [*places, *form, *sets])
         folder, self.made = str(self.folder(id)), []
-        context = StageContext(config, id, folder, {}, "", Quiet(), lambda: pytest.fail("MLflow"))
-        outcome = preprocess.run(context, scan(config.data))
+        no_run, source = (lambda: pytest.fail("MLflow")), scan(config.data)
+        context = StageContext(config, id, folder, {}, "", Quiet(), no_run, external=source)
+        outcome = preprocess.run(context)
         made = {"stage": "preprocess", "id": id, "inputs": {}, "config": {}, "stats": outcome.stats}
         storage.commit(folder, Manifest(format=1, files=outcome.files, **made))
         return outcome

@@ -1,0 +1,99 @@
+"""The stages of the pipeline: what each reads of the config and of the outputs before it.
+
+A stage's code lies in a module of its own. Its declaration stands here and not there, so that
+`ddpm status` and `explain` look at the stages without importing torch and Ray.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from pipeline import storage
+from pipeline.config import RunConfig
+from pipeline.data.preprocess import SHARD_SET_FORMAT
+from pipeline.data.sources import SCANNED, DataConfig, scan
+from tasks.stage import External, Look, Stage, at
+
+if TYPE_CHECKING:
+    from pipeline.registry.runs import TrackedRun
+    from tasks.plan import Plan
+
+LAST = "sample"
+"""What `ddpm run` runs, with all that it needs."""
+
+
+def _source(config: RunConfig, look: Look) -> External:
+    """The images of the source: a hash of what they are in place of where they are."""
+    index = storage.join(config.storage, "index")
+    found = scan(config.data, index, look.remember, look.progress, look.into)
+    return External({"source": found.fingerprint}, found)
+
+
+def _why_not_registered(folder: str, tracking_uri: str) -> str:
+    """Whether the version that the output speaks of is in the registry that is used now."""
+    from pipeline.registry.models import find_version, read_reference
+
+    reference = read_reference(folder)
+    if reference.tracking_uri == tracking_uri and find_version(
+        reference.name, reference.digest, tracking_uri
+    ):
+        return ""
+    return f"the version it made is not in the registry at {tracking_uri}"
+
+
+STAGES = (
+    Stage(
+        "preprocess",
+        at("tasks.preprocess:run"),
+        reads=tuple(f"data.{key}" for key in DataConfig.model_fields if key not in SCANNED),
+        format=SHARD_SET_FORMAT,
+        inputs_of=_source,
+    ),
+    Stage(
+        "reference",
+        at("tasks.reference:run"),
+        reads=("name", "seed", "evaluation.classifier_epochs", "evaluation.extractor"),
+        apart_from=("evaluation.extractor.file",),  # its hash stands beside it
+        inputs=("preprocess",),
+        format=3,
+    ),
+    Stage(
+        "train",
+        at("tasks.train:run"),
+        reads=("seed", "network", "diffusion", "training"),
+        inputs=("preprocess",),
+        beside=("reference",),
+    ),
+    Stage(
+        "evaluate",
+        at("tasks.evaluate:run"),
+        reads=("seed", "evaluation", "sampling"),
+        apart_from=("evaluation.extractor.file", "evaluation.during_training"),
+        inputs=("preprocess", "train", "reference"),
+        format=2,
+    ),
+    Stage(
+        "register",
+        at("tasks.register:run"),
+        reads=("name", "registry", "serving"),
+        inputs=("preprocess", "train", "evaluate"),
+        why_invalid=_why_not_registered,
+    ),
+    Stage("sample", at("tasks.sample:run"), reads=("seed", "sampling"), inputs=("register",)),
+)
+"""Each after its inputs."""
+
+
+def tracked_run(plan: "Plan") -> "TrackedRun":
+    """The MLflow run of a plan: that of its training, whatever else the config says."""
+    from pipeline.registry.runs import TrackedRun
+
+    params = _flat(plan.config.model_dump())
+    return TrackedRun(plan.tracking_uri, plan.config.name, plan["train"].id, params)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return flat
