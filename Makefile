@@ -1,4 +1,5 @@
-# What people do often. Everything is installed into .venv by the first target that needs it.
+# What people do often. What a target needs is installed into .venv by the first that needs it: the
+# package for those that run it, the tools of tests and benchmarks beside it for the rest.
 VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
@@ -10,46 +11,56 @@ export OMP_WAIT_POLICY := PASSIVE
 help:            ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-# made anew when what is to be installed changes
-$(VENV)/.installed: pyproject.toml constraints.txt
+# each is made anew when what is to be installed changes
+PACKAGE := $(VENV)/.installed
+TOOLS   := $(VENV)/.installed-tools
+INSTALL := pip install --quiet --disable-pip-version-check
+
+$(PACKAGE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
+	@echo "installing what a run needs into $(VENV), which takes a minute or two, once"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser-test,dev,diffusers,efficientnet,http-test,interop,onnx,s3-test,server]'
-	@# aside: torchmetrics takes it where it finds it, and it needs torchvision
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/oracles torch-fidelity==0.4.0
+	$(BIN)/$(INSTALL) -c constraints.txt torch
+	$(BIN)/$(INSTALL) -c constraints.txt -e .
 	@touch $@
 
-install: $(VENV)/.installed  ## Install into .venv
+$(TOOLS): $(PACKAGE)
+	@echo "installing what tests and benchmarks need besides, once"
+	$(BIN)/$(INSTALL) -c constraints.txt -e '.[test]'
+	@# aside: torchmetrics takes it where it finds it, and it needs torchvision
+	$(BIN)/$(INSTALL) --no-deps --target $(VENV)/oracles torch-fidelity==0.4.0
+	@touch $@
 
-run: install     ## Run the whole pipeline on the embedded digits
+install: $(PACKAGE)  ## Install the package and what it needs into .venv
+
+run: $(PACKAGE)  ## Run the whole pipeline on the embedded digits
 	$(BIN)/ddpm run configs/digits.yaml
 
-check: install lint  ## Check style and types, run the tests that start no process
+check: $(TOOLS) lint  ## Check style and types, run the tests that start no process
 	$(BIN)/python -m $(PYTEST) -n 2 --dist worksteal tests/unit
 
-test: install lint  ## Check style and types, run the test suite
+test: $(TOOLS) lint  ## Check style and types, run the test suite
 	$(BIN)/python -m $(PYTEST) -n 2 --dist worksteal
 
-lint: install    ## Check style and types
+lint: $(TOOLS)   ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-soak: install    ## Kill trainings and nodes at random, longer than the suite may take
+soak: $(TOOLS)   ## Kill trainings and nodes at random, longer than the suite may take
 	$(BIN)/python -m pytest tests/soak --deselect tests/soak/test_load.py -s
 
-load: install    ## Load a service with all kinds of clients and kill its replicas, for five minutes
+load: $(TOOLS)   ## Load a service with all kinds of clients and kill its replicas, for five minutes
 	$(BIN)/python -m pytest tests/soak/test_load.py -s
 
 PEERS  := .venv-peers
 $(PEERS)/.installed:
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch pillow
-	$(PEERS)/bin/pip install --quiet --disable-pip-version-check webdataset mosaicml-streaming
+	$(PEERS)/bin/$(INSTALL) -c constraints.txt torch pillow
+	$(PEERS)/bin/$(INSTALL) webdataset mosaicml-streaming
 	@touch $@
 
-bench: install $(PEERS)/.installed  ## Run the benchmarks that need no model, into tests/benchmarks/RESULTS.md
+bench: $(TOOLS) $(PEERS)/.installed  ## Run the benchmarks that need no model, into tests/benchmarks/RESULTS.md
 	$(BIN)/python -m tests.benchmarks.record preprocess
 	$(BIN)/python -m tests.benchmarks.record preprocess --decoders
 	$(BIN)/python -m tests.benchmarks.record preprocess --scale
@@ -63,10 +74,10 @@ bench: install $(PEERS)/.installed  ## Run the benchmarks that need no model, in
 	$(BIN)/python -m tests.benchmarks.record serve_load
 	$(BIN)/python -m tests.benchmarks.record scale
 
-serve: install   ## Serve the digits that `make run` trained
+serve: $(PACKAGE) ## Serve the digits that `make run` trained
 	$(BIN)/ddpm serve digits@champion --replicas 2
 
-ui: install      ## Open the MLflow UI on the runs of this folder
+ui: $(PACKAGE)   ## Open the MLflow UI on the runs of this folder
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 COMPOSE := docker compose -f infra/compose.yaml

@@ -200,7 +200,7 @@ def fidelity(monkeypatch: pytest.MonkeyPatch) -> Any:
     """torch-fidelity's Inception; the rest of that package needs torchvision."""
     if not (ORACLES / "torch_fidelity").is_dir():
         pytest.skip(
-            f"pip install --no-deps --target {ORACLES} torch-fidelity==0.4.0, as make install does"
+            f"pip install --no-deps --target {ORACLES} torch-fidelity==0.4.0, as make test does"
         )
     package = ModuleType("torch_fidelity")
     package.__path__ = [str(ORACLES / "torch_fidelity")]
