@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
-from tests.conftest import wait_for
+from tests.conftest import HANG, wait_for
 from tests.service import Service
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Locator, Page
 
-SECONDS = 60.0
-"""For which something is waited for, on a machine that does other things, too."""
 PIXELS = """canvas => {
     const { width, height } = canvas;
     return Array.from(canvas.getContext("2d").getImageData(0, 0, width, height).data);
@@ -46,7 +44,7 @@ class OpenPage:
 
     def __init__(self, browser: "Browser", service: Service, link: str = "", **window: Any) -> None:
         self.context = browser.new_context(**{"viewport": {"width": 1100, "height": 800}, **window})
-        self.context.set_default_timeout(SECONDS * 1000)
+        self.context.set_default_timeout(HANG * 1000)
         self.requests: list[str] = []
         self.complaints: list[str] = []
         self.page: Page = self.context.new_page()
@@ -92,7 +90,7 @@ class OpenPage:
         self.wait(done, "the pictures")
 
     def wait(self, condition: Any, what: str) -> Any:
-        return wait_for(condition, SECONDS, f"{what}; it says {self.status()}, {self.complaints}")
+        return wait_for(condition, f"{what}; it says {self.status()}, {self.complaints}")
 
     def pixels(self, picture: int = 0) -> list[int]:
         """Of a picture as it is shown, RGBA."""

@@ -71,7 +71,7 @@ class Cluster:
         self.head = self._machine("head")
         head = f"--head --port {self._ray_port} --include-dashboard false"
         self._start_ray(self.head, *head.split())
-        wait_for(functools.partial(has_joined, self.head), 60, "the head")
+        wait_for(functools.partial(has_joined, self.head), "the head")
 
     def add(self) -> Machine | Room:
         """A new node, which is not waited for where it is a machine."""
@@ -79,7 +79,7 @@ class Cluster:
         self.nodes[node.name] = node
         self._start_ray(node, "--address", f"{self.head.address}:{self._ray_port}")
         if not self.lan:  # two that start at once would choose the same name for a socket
-            wait_for(functools.partial(has_joined, node), 60, f"{node.name} to join")
+            wait_for(functools.partial(has_joined, node), f"{node.name} to join")
         return node
 
     def replace(self, node: Machine | Room, silently: bool = False) -> Machine | Room:
@@ -101,8 +101,8 @@ class Cluster:
     def wait(self) -> None:
         """Until all of it is there."""
         for machine in self.nodes.values():
-            wait_for(functools.partial(has_joined, machine), 60, f"{machine.name} to join")
-        wait_for(lambda: listens(self._mlflow_port, self.mlflow.address), 120, "MLflow")
+            wait_for(functools.partial(has_joined, machine), f"{machine.name} to join")
+        wait_for(lambda: listens(self._mlflow_port, self.mlflow.address), "MLflow")
 
     def close(self) -> None:
         for machine in (self.head, *self.nodes.values(), self.mlflow):

@@ -54,6 +54,21 @@ TINY = [
 """What makes configs/digits.yaml small."""
 
 
+def _seconds_of_a_hang() -> float:
+    """What nothing takes that still goes on: 300 s, or more on a slower or a busier machine.
+
+    Measured once, when the suite starts, by the start of a process that imports torch.
+    """
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    return 300 * max(1.0, (time.monotonic() - begin) / 2.0)
+
+
+# its processes, of which pytest -n makes some, find it in their environment
+HANG = float(os.environ.setdefault("DDPM_TESTS_HANG", str(_seconds_of_a_hang())))
+"""Seconds after which a wait has hung: a bound of no wait that goes well."""
+
+
 @dataclass(frozen=True)
 class Workplace:
     """A folder in which the `ddpm` command is used, as a person would."""
@@ -70,11 +85,11 @@ class Workplace:
             text=True,
         )
 
-    def ddpm(self, *arguments: str, code: int = 0, timeout: float = 240, **environment: str) -> str:
+    def ddpm(self, *arguments: str, code: int = 0, **environment: str) -> str:
         """Run a command to its end, check its exit code, return what it printed."""
         process = self.start(*arguments, **environment)
         try:
-            output, _ = process.communicate(timeout=timeout)
+            output, _ = process.communicate(timeout=HANG)
         finally:
             end(process)
         assert process.returncode == code, output
@@ -116,7 +131,7 @@ def end(process: subprocess.Popen[str]) -> None:
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait()
-        psutil.wait_procs(children, timeout=20)
+        psutil.wait_procs(children, timeout=HANG)
     if process.stdout is not None:
         process.stdout.close()
 
@@ -148,14 +163,23 @@ def listens(port: int, address: str = "127.0.0.1") -> bool:
         return probe.connect_ex((address, port)) == 0
 
 
-def wait_for(condition: Any, seconds: float, what: str) -> Any:
-    """The first true value of `condition()`, or a failure that says what was waited for."""
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Any, what: str, process: "subprocess.Popen[Any] | None" = None) -> Any:
+    """The first true value of `condition()`.
+
+    Fails with `what` was waited for when `process`, without which it cannot come true, has ended;
+    or after HANG, which only ends a hang.
+    """
+    deadline = time.monotonic() + HANG
     while time.monotonic() < deadline:
+        ended = process is not None and process.poll() is not None
         if value := condition():
             return value
+        if ended:
+            assert process is not None
+            said = process.stdout.read() if process.stdout is not None else ""
+            raise AssertionError(f"{what} did not come: the process ended, and said {said}")
         time.sleep(0.02)
-    raise AssertionError(f"waited {seconds} s in vain for {what}")
+    raise AssertionError(f"waited {HANG:.0f} s in vain for {what}")
 
 
 @pytest.fixture(scope="session")

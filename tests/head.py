@@ -43,7 +43,7 @@ def started(**environment: str) -> Iterator[Head]:
             text=True,
         )
         try:
-            wait_for(lambda: listens(port), 90, "the head's job server")
+            wait_for(lambda: listens(port), "the head's job server")
             yield Head(process.pid, port, gcs)
         finally:
             for child in psutil.Process(process.pid).children(recursive=True):

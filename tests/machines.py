@@ -17,7 +17,7 @@ from typing import IO
 
 import psutil
 
-from tests.conftest import ROOT, wait_for
+from tests.conftest import HANG, ROOT, wait_for
 
 HOME = "/tmp/home"
 INIT = f"""
@@ -84,7 +84,7 @@ class Lan:
     def close(self) -> None:
         assert self._switch.stdin is not None
         self._switch.stdin.close()
-        self._switch.wait(timeout=20)
+        self._switch.wait(timeout=HANG)
 
 
 class Machine:
@@ -154,9 +154,9 @@ class Machine:
             if silently:
                 self._lan.switch(f"link set {self._cable} down")
             self._process.kill()
-            self._process.wait(timeout=20)
+            self._process.wait(timeout=HANG)
         for process in self._started:
-            process.wait(timeout=20)
+            process.wait(timeout=HANG)
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()
@@ -176,4 +176,4 @@ def await_namespace(pid: int) -> None:
     def own() -> bool:
         return os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
 
-    wait_for(own, 10, "a namespace")
+    wait_for(own, "a namespace")

@@ -14,7 +14,7 @@ from typing import IO
 
 import psutil
 
-from tests.conftest import ROOT
+from tests.conftest import HANG, ROOT
 
 
 class Room:
@@ -62,6 +62,6 @@ class Room:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             for started in self._started:
-                started.wait(timeout=20)
-            psutil.wait_procs(found, timeout=20)
+                started.wait(timeout=HANG)
+            psutil.wait_procs(found, timeout=HANG)
         shutil.rmtree(self.tmp, ignore_errors=True)

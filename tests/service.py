@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from tests.conftest import Workplace, end, free_port
+from tests.conftest import HANG, Workplace, end, free_port
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Service:
 
     def get(self, path: str) -> Any:
         request = urllib.request.Request(self.url + path, headers=self.headers)
-        with urllib.request.urlopen(request, timeout=60) as reply:
+        with urllib.request.urlopen(request, timeout=HANG) as reply:
             return json.load(reply)
 
     def post(self, body: object, raw: bytes | None = None) -> tuple[int, Any]:
@@ -41,7 +41,7 @@ class Service:
         url = f"{self.url}/v1/images/generations"
         request = urllib.request.Request(url, data, self.headers)
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
+            with urllib.request.urlopen(request, timeout=HANG) as reply:
                 return reply.status, json.load(reply)
         except urllib.error.HTTPError as error:
             with error:
@@ -50,7 +50,7 @@ class Service:
     @contextlib.contextmanager
     def stream(self, body: object) -> Iterator[http.client.HTTPResponse]:
         """The events of a request, which is running now; then the connection is lost."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
         with contextlib.closing(connection):
             connection.request(
                 "POST", "/v1/images/generations", json.dumps(body), headers=self.headers
@@ -59,7 +59,7 @@ class Service:
                 yield reply
 
     def ask(self, method: str, path: str, **headers: str) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HANG)
         with contextlib.closing(connection):
             connection.request(method, path, headers=self.headers | headers)
             reply = connection.getresponse()
@@ -91,15 +91,15 @@ def served(place: Workplace, *options: str, **environment: str) -> Iterator[Serv
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        assert ready.wait(120) and process.poll() is None, "".join(lines)
+        assert ready.wait(HANG) and process.poll() is None, "".join(lines)
         (metrics,) = (line.split()[1] for line in lines if line.startswith("metrics "))
         yield Service(f"http://127.0.0.1:{port}", port, process, metrics)
         if process.poll() is None:
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=60) == 0, "".join(lines)
-            assert psutil.wait_procs(children, timeout=60)[1] == []
-        reader.join(timeout=60)
+            assert process.wait(timeout=HANG) == 0, "".join(lines)
+            assert psutil.wait_procs(children, timeout=HANG)[1] == []
+        reader.join(timeout=HANG)
         assert "Traceback" not in "".join(lines)
     finally:
         end(process)

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from tests.cluster import Cluster, has_joined
-from tests.conftest import Workplace, end, tiny_command
+from tests.conftest import HANG, Workplace, end, tiny_command
 from tests.machines import Machine
 from tests.rooms import Room
 from tests.system.test_nodes import RUNS, assert_all_is_as_in_peace
@@ -181,7 +181,7 @@ def test_a_cluster_killed_at_random_loses_nothing(tmp_path: Path) -> None:
     quiet = Workplace(tmp_path / "quiet")
     quiet.folder.mkdir()
     begin = time.monotonic()
-    quiet.ddpm(*tiny_command("run", *SETTINGS), timeout=900)
+    quiet.ddpm(*tiny_command("run", *SETTINGS), timeout=HANG)
     print(f"\nin peace, on this machine: {time.monotonic() - begin:.0f} s")
     disturbed = Disturbed(tiny_command("run", *SETTINGS, f"storage={RUNS}"))
     try:

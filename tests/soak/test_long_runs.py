@@ -15,7 +15,7 @@ from safetensors.torch import load
 from pipeline.registry.models import read_checkpoint
 from tasks import averages
 from tests.cluster import Cluster
-from tests.conftest import Workplace, end, ray_workers, tiny_command, wait_for
+from tests.conftest import HANG, Workplace, end, ray_workers, tiny_command, wait_for
 from tests.servers import free_port, mlflow_server
 from tests.service import Service
 from tests.system.test_nodes import PORT, SAMPLER, cluster, needs_machines  # noqa: F401
@@ -44,10 +44,10 @@ def test_elastic_workers_follow_the_nodes_that_come_and_are_lost(
         at["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "10"
         process = place.start(*tiny_command("train", *slow, *elastic), **at)
         try:
-            wait_for(lambda: final_step(place) >= 20, 120, "the first checkpoint")
+            wait_for(lambda: final_step(place) >= 20, "the first checkpoint")
             assert len(ray_workers(int(first), "RayTrainWorker")) == 1
             second = int(ask("add 1").split()[1])
-            wait_for(lambda: ray_workers(second, "RayTrainWorker"), 90, "a worker on the new node")
+            wait_for(lambda: ray_workers(second, "RayTrainWorker"), "a worker on the new node")
             wait_for_checkpoint(place)
             assert len(ray_workers(int(first), "RayTrainWorker")) == 1
             said = place.ddpm(*tiny_command("train", *wide), code=2, **at).splitlines()[-1]
@@ -108,15 +108,15 @@ def test_training_goes_on_while_mlflow_is_away_and_nothing_is_lost(
     with mlflow_server(tmp_path, port):
         process = place.start(*tiny_command("train", *steps), **quickly)
         try:
-            wait_for(lambda: list(place.folder.glob("runs/train/*/step-*20")), 120, "a checkpoint")
+            wait_for(lambda: list(place.folder.glob("runs/train/*/step-*20")), "a checkpoint")
         except BaseException:
             end(process)
             raise
     try:  # the server is gone
-        wait_for(lambda: list(place.folder.glob("runs/train/*/step-*200")), 120, "the last step")
+        wait_for(lambda: list(place.folder.glob("runs/train/*/step-*200")), "the last step")
         assert process.poll() is None, "it waits for MLflow"
         with mlflow_server(tmp_path, port):
-            output, _ = process.communicate(timeout=180)
+            output, _ = process.communicate(timeout=HANG)
             assert process.returncode == 0, output
             (run_id,) = {place.manifest("train")["stats"]["mlflow_run_id"]}
             client = MlflowClient(tracking_uri=uri)
@@ -138,7 +138,7 @@ def test_a_node_lost_while_it_draws_takes_no_image_with_it(
     with said.open("w") as log:
         process = cluster.start("serve", "digits@champion", *options, stdout=log)
     try:
-        wait_for(lambda: "\nlog " in said.read_text() or process.poll(), 120, "the service")
+        wait_for(lambda: "\nlog " in said.read_text() or process.poll(), "the service")
         assert process.poll() is None, said.read_text()
         service = Service(f"http://{cluster.head.address}:{PORT}", PORT, process, "")
         body = {"n": 32, "seed": 11, "class_label": 3, "num_inference_steps": 200}
@@ -148,7 +148,7 @@ def test_a_node_lost_while_it_draws_takes_no_image_with_it(
         thread = threading.Thread(target=lambda: replies.append(service.post(body)))
         thread.start()
         (node, *_) = [node for node in cluster.nodes.values() if node.processes(SAMPLER)]
-        wait_for(lambda: service.get("/v1/engine")["requests"], 20, "the request")
+        wait_for(lambda: service.get("/v1/engine")["requests"], "the request")
         node.lose(silently=True)
         thread.join()
     finally:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pipeline.serving.engine import Engine
-from tests.conftest import Workplace, end, ray_workers, tiny_command
+from tests.conftest import HANG, Workplace, end, ray_workers, tiny_command
 from tests.system.test_pipeline import metric_history, place_with_shards, weights_of
 from tests.unit.test_engine import alone, crowd, make_model
 from tests.unit.test_training import config, fresh, with_dropout
@@ -102,7 +102,7 @@ def test_workers_train_a_compiled_network_to_the_same_losses(
         place = place_with_shards(tiny, tmp_path / compile_)
         settings = [f"training.parallel={parallel}", f"training.compile={compile_}"]
         few = ["training.steps=6", "training.log_every=3", "training.checkpoint_every=3"]
-        place.ddpm(*tiny_command("train", *settings, *few), timeout=1200)
+        place.ddpm(*tiny_command("train", *settings, *few), timeout=HANG)
         losses.append(metric_history(place, "loss"))
     assert [step for step, _ in losses[0]] == [3, 6]
     assert np.array(losses[1]) == pytest.approx(np.array(losses[0]), rel=1e-4)

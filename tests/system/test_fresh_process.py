@@ -8,7 +8,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 from pipeline.data.sources import scan
-from tests.conftest import ENVIRONMENT, ROOT
+from tests.conftest import ENVIRONMENT, HANG, ROOT
 from tests.hub import Hub
 from tests.unit.test_hub import config, folder, hub  # noqa: F401
 from tests.unit.test_imports import FILES
@@ -77,6 +77,6 @@ def test_a_private_repository_is_read_with_the_token_of_the_environment(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
     )
     assert result.stdout.strip() == scan(config(folder / "train")).fingerprint, result.stderr

@@ -7,7 +7,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from pipeline.registry.models import (
     read_tag,
 )
 from pipeline.registry.runs import TrackedRun
-from tests.conftest import ENVIRONMENT, ROOT, wait_for
+from tests.conftest import ENVIRONMENT, HANG, ROOT, wait_for
 from tests.unit.test_batches import COUNT, numbers, shard_set  # noqa: F401
 from tests.unit.test_gate import champion_of, figure, gate, moves, uri, versions  # noqa: F401
 
@@ -76,9 +75,8 @@ def test_a_second_holder_waits_for_the_first_and_gets_in_when_it_is_killed(tmp_p
             seen.append(who)
             holder.kill()
 
-        begin = time.monotonic()
         with storage.exclusive(lock, waiting):
-            assert time.monotonic() - begin < 30
+            pass
         assert seen == [f"process {holder.pid}"]
 
 
@@ -127,12 +125,12 @@ def test_a_killed_maker_leaves_no_cache_and_of_two_at_once_one_makes_it(
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
         go(killed)
-        wait_for(lambda: list(tmp_path.glob(".*.tmp/images.npy")), 20, "the first file")
+        wait_for(lambda: list(tmp_path.glob(".*.tmp/images.npy")), "the first file")
         killed.send_signal(signal.SIGKILL)
         killed.wait()
         go(other)
         images, _ = memory_mapped(shard_set, "train", str(tmp_path))
-        times, right = other.communicate(timeout=60)[0].split()
+        times, right = other.communicate(timeout=HANG)[0].split()
     assert int(times) + len(made) == 1
     assert right == "True"
     assert numbers(images) == list(range(COUNT))
@@ -143,7 +141,7 @@ def test_a_store_whose_making_was_killed_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "mlflow.db"
     code = f"from pipeline.registry.runs import make_client; make_client('sqlite:///{path}')"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
-        wait_for(lambda: count_tables(tmp_path) >= 12, 120, "some of MLflow's tables")
+        wait_for(lambda: count_tables(tmp_path) >= 12, "some of MLflow's tables")
         process.kill()
     assert process.returncode == -9
     assert not path.exists()
@@ -200,7 +198,7 @@ def test_of_two_processes_at_once_the_second_meets_the_first_as_champion(
     ours = threading.Thread(target=gate, args=(better, 5.0), kwargs={"better_than_champion": True})
     ours.start()
     ours.join(timeout=0.5)  # it would be through, if it did not wait
-    process.communicate("go on\n", timeout=60)
+    process.communicate("go on\n", timeout=HANG)
     assert process.returncode == 0
     ours.join()
     assert champion_of(old) == "3"

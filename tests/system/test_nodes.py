@@ -24,6 +24,7 @@ from tests.system.test_pipeline import metric_history
 pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
 
 from tests.cluster import Cluster
+from tests.conftest import HANG
 
 RUNS = "s3://bucket/runs"
 PART = re.compile(r"^PUT .*/preprocess/.*\.parquet")
@@ -101,7 +102,7 @@ def output(cluster: Cluster) -> str:
     """What a pipeline said from which a node was lost in every stage."""
     process = cluster.start(*tiny_command("run", f"storage={RUNS}"))
     try:
-        output, _ = process.communicate(timeout=400)
+        output, _ = process.communicate(timeout=HANG)
     finally:
         end(process)
     assert process.returncode == 0, output
@@ -150,7 +151,7 @@ def test_a_node_lost_in_every_stage_changes_nothing(
 def test_what_only_the_head_sees_is_refused_before_any_work(cluster: Cluster) -> None:
     process = cluster.start(*tiny_command("preprocess"))
     try:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=HANG)
     finally:
         end(process)
     assert process.returncode == 2, output

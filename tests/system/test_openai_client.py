@@ -11,14 +11,14 @@ from openai import OpenAI
 from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent, ImagesResponse
 from PIL import Image
 
-from tests.conftest import wait_for
+from tests.conftest import HANG, wait_for
 from tests.service import Service
 
 
 @pytest.fixture
 def client(service: Service) -> Iterator[OpenAI]:
     # where the service has no keys any will do; the client always sends one
-    with OpenAI(base_url=f"{service.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
+    with OpenAI(base_url=f"{service.url}/v1", api_key="any", max_retries=0, timeout=HANG) as client:
         yield client
 
 
@@ -137,7 +137,7 @@ def test_a_full_service_is_a_rate_limit(client: OpenAI, service: Service) -> Non
         finally:
             state = client.delete(f"/images/generations/{id}", cast_to=object)
         assert state == {"id": id, "state": "cancelled"}
-    assert wait_for(lambda: service.get("/v1/engine")["rows"] == 0, 10, "the rows to be free")
+    assert wait_for(lambda: service.get("/v1/engine")["rows"] == 0, "the rows to be free")
 
 
 def test_models(client: OpenAI) -> None:

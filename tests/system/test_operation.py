@@ -29,12 +29,13 @@ from pipeline.registry.folder import model_files
 from pipeline.registry.models import ModelReference, load_model, register
 from pipeline.registry.runs import TrackedRun
 from tests.browser import OpenPage, chromium
-from tests.conftest import ROOT, Workplace, wait_for
+from tests.conftest import HANG, ROOT, Workplace, wait_for
 from tests.service import Service, served
 
-MAX_SECONDS = 12
+MAX_SECONDS = round(12 * HANG / 300)
+"""Of a request: longer on a machine that is slower."""
 REQUEST = {"seed": 11, "num_inference_steps": 4, "class_label": 3, "guidance_scale": 1.0}
-LONG = {"n": 32, "seed": 1, "num_inference_steps": 1000, "sampler": "heun"}
+LONG = {"n": 48, "seed": 1, "num_inference_steps": 1000, "sampler": "heun"}
 """More than a replica does in MAX_SECONDS."""
 
 
@@ -133,7 +134,7 @@ def test_what_takes_too_long_is_given_up_and_a_second_replica_comes(ann: Service
     begin = time.monotonic()
     status, reply = ann.post(LONG)
     assert (status, reply["error"]["type"]) == (504, "server_error")
-    assert MAX_SECONDS <= time.monotonic() - begin < 4 * MAX_SECONDS
+    assert time.monotonic() - begin >= MAX_SECONDS
     assert ann.get("/v1/engine")["rows"] == 0
 
     def both() -> bool:
@@ -143,12 +144,12 @@ def test_what_takes_too_long_is_given_up_and_a_second_replica_comes(ann: Service
             return False
         return len({image["replica"] for image in reply["data"]}) == 2
 
-    wait_for(both, 120, "the replica that the work of the request called for")
+    wait_for(both, "the replica that the work of the request called for")
 
 
 def scraped(service: Service) -> dict[str, str]:
     """The values of the service's own metrics, by name and labels."""
-    with urllib.request.urlopen(service.metrics, timeout=20) as reply:
+    with urllib.request.urlopen(service.metrics, timeout=HANG) as reply:
         lines = [line for line in reply.read().decode().splitlines() if "ray_ddpm_" in line]
     return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
 
@@ -161,7 +162,7 @@ def test_the_dashboard_draws_what_the_service_tells_and_all_of_it(ann: Service) 
     dashboard = (ROOT / "infra" / "monitoring" / "grafana.json").read_text()
     drawn = set(re.findall(r"ray_ddpm_\w+", dashboard))
     told = wait_for(
-        lambda: (metrics := names_of(scraped(ann))) >= drawn and metrics, 30, f"all of {drawn}"
+        lambda: (metrics := names_of(scraped(ann))) >= drawn and metrics, f"all of {drawn}"
     )
     parts_of_drawn = {name.removesuffix("_bucket") + end for name in drawn for end in PARTS}
     assert told <= drawn | parts_of_drawn
@@ -171,7 +172,7 @@ def test_the_dashboard_draws_what_the_service_tells_and_all_of_it(ann: Service) 
         return {match[1] for match in found if match}
 
     wanted = {"completed", "cancelled", "late", "rejected", "invalid"}
-    wait_for(lambda: outcomes() >= wanted, 30, f"requests that ended as {wanted}")
+    wait_for(lambda: outcomes() >= wanted, f"requests that ended as {wanted}")
 
 
 PARTS = ("_sum", "_count")
@@ -208,7 +209,7 @@ def test_a_promotion_moves_the_service_without_a_failed_request(
     try:
         second = another_version(place, 0.01)
         promote(second, "champion")
-        wait_for(lambda: statuses and statuses[-1][1] == str(second), 60, "the new champion")
+        wait_for(lambda: statuses and statuses[-1][1] == str(second), "the new champion")
     finally:
         stop.set()
         thread.join()
@@ -240,15 +241,15 @@ def test_sigterm_lets_a_running_request_end(ann: Service) -> None:
     request = {**REQUEST, "n": 8, "num_inference_steps": 150, "sampler": "ancestral"}
     thread = threading.Thread(target=lambda: replies.append(ann.post(request)))
     thread.start()
-    wait_for(lambda: ann.get("/v1/engine")["requests"], 20, "the request")
+    wait_for(lambda: ann.get("/v1/engine")["requests"], "the request")
     children = psutil.Process(ann.pid).children(recursive=True)
     ann.process.send_signal(signal.SIGTERM)  # as Ctrl-C, which ends the other services
     thread.join()
     ((status, reply),) = replies
     assert status == 200, reply
     assert len(reply["data"]) == 8
-    assert ann.process.wait(timeout=60) == 0
-    assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert ann.process.wait(timeout=HANG) == 0
+    assert psutil.wait_procs(children, timeout=HANG)[1] == []
     with pytest.raises((OSError, http.client.HTTPException, json.JSONDecodeError)):
         ann.post(REQUEST)
 

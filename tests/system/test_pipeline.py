@@ -28,7 +28,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation.real_images import extractor_of, write_tensors
 from tasks.preprocess import check_bad_share
 from tasks.previews import Wanted, preview
-from tests.conftest import ROOT, Workplace, end, ray_workers, tiny_command, wait_for
+from tests.conftest import HANG, ROOT, Workplace, end, ray_workers, tiny_command, wait_for
 
 
 def weights_of(place: Workplace) -> str:
@@ -290,14 +290,14 @@ def test_lost_workers_and_controllers_are_replaced_and_nothing_changes(
     place = place_with_shards(tiny, tmp_path)
     process = place.start(*tiny_command("run"))
     try:
-        wait_for(lambda: final_step(place) >= 20, 120, "the first checkpoint")
+        wait_for(lambda: final_step(place) >= 20, "the first checkpoint")
         victims = ray_workers(process.pid, "RayTrainWorker")
         assert len(victims) == 2
         victims[1].kill()
-        wait_for(lambda: set(ray_workers(process.pid, "RayTrainWorker")) - set(victims), 60, "new")
+        wait_for(lambda: set(ray_workers(process.pid, "RayTrainWorker")) - set(victims), "new")
         (controller,) = ray_workers(process.pid, "TrainController")
         controller.kill()
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=HANG)
     finally:
         end(process)
     assert process.returncode == 0, output
@@ -326,13 +326,13 @@ def nodes() -> Iterator[Callable[[str], str]]:
             yield ask
         finally:
             process.stdin.close()
-            process.wait(timeout=60)
+            process.wait(timeout=HANG)
 
 
 def wait_for_checkpoint(place: Workplace) -> None:
     """Until there is a newer one."""
     step = final_step(place)
-    wait_for(lambda: final_step(place) > step, 150, f"a checkpoint after step {step}")
+    wait_for(lambda: final_step(place) > step, f"a checkpoint after step {step}")
 
 
 def test_a_training_ended_by_ctrl_c_and_then_killed_ends_as_if_it_had_not_been(
@@ -341,7 +341,7 @@ def test_a_training_ended_by_ctrl_c_and_then_killed_ends_as_if_it_had_not_been(
     place = place_with_shards(tiny, tmp_path)
     process = place.start(*tiny_command("train"))
     try:
-        wait_for(lambda: final_step(place) >= 20, 120, "the first checkpoint")
+        wait_for(lambda: final_step(place) >= 20, "the first checkpoint")
         interrupt(process, signal.SIGINT)
     finally:
         end(process)
@@ -351,16 +351,16 @@ def test_a_training_ended_by_ctrl_c_and_then_killed_ends_as_if_it_had_not_been(
     process = place.start(*tiny_command("run"))
     children: list[psutil.Process] = []
     try:
-        workers = wait_for(lambda: ray_workers(process.pid, "RayTrainWorker"), 120, "a worker")
+        workers = wait_for(lambda: ray_workers(process.pid, "RayTrainWorker"), "a worker")
         if step < 40:
-            wait_for(lambda: final_step(place) >= 40, 120, "the next checkpoint")
+            wait_for(lambda: final_step(place) >= 40, "the next checkpoint")
             workers = ray_workers(process.pid, "RayTrainWorker")
             assert len(workers) == 2
         children = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         # they end with it, so that they do not compete with those of the next run
-        assert psutil.wait_procs(workers, timeout=20)[1] == []
+        assert psutil.wait_procs(workers, timeout=HANG)[1] == []
     finally:
         end(process)
     output = place.quick(*tiny_command("explain"))
@@ -378,9 +378,9 @@ def interrupt(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
     """Send a signal to a command; it ends with 130, a sentence, and nothing left running."""
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HANG)
     assert process.returncode == 130, output
-    assert psutil.wait_procs(children, timeout=60)[1] == []
+    assert psutil.wait_procs(children, timeout=HANG)[1] == []
     assert "interrupted: the same command goes on" in output
     assert "Traceback" not in output
 
@@ -462,9 +462,9 @@ def test_a_folder_of_images_with_bad_ones_and_killed_tasks(tmp_path: Path) -> No
     process = killed.start(*command)
     try:
         records = lambda: len(list(killed.folder.glob("runs/preprocess/*/parts/*.json")))  # noqa: E731
-        victim = wait_for(lambda: ray_workers(process.pid, "preprocess_shard"), 60, "a task")[0]
+        victim = wait_for(lambda: ray_workers(process.pid, "preprocess_shard"), "a task")[0]
         victim.kill()
-        done = wait_for(records, 60, "a finished shard")
+        done = wait_for(records, "a finished shard")
         interrupt(process, signal.SIGTERM)
     finally:
         end(process)
@@ -510,8 +510,8 @@ def test_archives_are_looked_into_by_tasks_of_which_one_is_killed_and_one_finds_
     place = Workplace(tmp_path)
     process = place.start(*command)
     try:
-        wait_for(lambda: ray_workers(process.pid, "ray::look"), 60, "a task")[0].kill()
-        output, _ = process.communicate(timeout=120)
+        wait_for(lambda: ray_workers(process.pid, "ray::look"), "a task")[0].kill()
+        output, _ = process.communicate(timeout=HANG)
     finally:
         end(process)
     assert process.returncode == 0, output

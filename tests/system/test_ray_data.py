@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.conftest import HANG
 from tests.unit.test_interop import ENCODINGS, check, parts  # noqa: F401
 
 READ_BY_RAY = """
@@ -25,7 +26,7 @@ def test_ray_data_opens_parts(parts: dict[str, Path], tmp_path: Path) -> None:
     """In a process of its own, whatever Ray of another test has left in this one."""
     folders = [str(parts[encoding] / "train") for encoding in ENCODINGS]
     command = [sys.executable, "-c", READ_BY_RAY, str(tmp_path / "rows"), *folders]
-    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    subprocess.run(command, check=True, capture_output=True, timeout=HANG)
     for rows in pickle.loads((tmp_path / "rows").read_bytes()):
         rows.sort(key=lambda row: row["key"])
         check(*([row[name] for row in rows] for name in ("image", "label", "key")))

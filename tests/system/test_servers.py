@@ -17,6 +17,7 @@ from tests.conftest import ENVIRONMENT, Workplace, end, free_port, tiny_command,
 
 pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
 
+from tests.conftest import HANG
 from tests.s3 import S3, Unreliable
 from tests.servers import (
     DIGITS,
@@ -89,7 +90,6 @@ def test_a_run_goes_through_while_the_bucket_stumbles_and_mlflow_is_restarted(
         try:
             wait_for(
                 lambda: any("/step-" in path for _, path, _ in list(proxy.requests)),
-                240,
                 "a checkpoint",
             )
         except BaseException:
@@ -97,7 +97,7 @@ def test_a_run_goes_through_while_the_bucket_stumbles_and_mlflow_is_restarted(
             raise
     try:
         with mlflow_server(*server, **elsewhere.s3.environment()):
-            output, _ = process.communicate(timeout=240)
+            output, _ = process.communicate(timeout=HANG)
             assert process.returncode == 0, output
             assert f"MLflow   {elsewhere.tracking_uri}\n" in output
             assert "View run" not in output  # which MLflow would say
@@ -169,7 +169,7 @@ def test_several_processes_log_at_once_while_the_server_is_restarted(
         assert any(process.poll() is None for process in loggers), "the server went too late"
         with mlflow_server(*server, **elsewhere.s3.environment()):
             for process in loggers:
-                assert process.wait(timeout=120) == 0
+                assert process.wait(timeout=HANG) == 0
             client = MlflowClient(uri, uri)
             for run in runs:
                 history = client.get_metric_history(run, "loss")

@@ -51,7 +51,7 @@ def test_a_service_is_its_command_s_and_what_was_killed_is_cleared_away(
         assert len(second.images(num_inference_steps=2)) == 1
         assert not listens(first.port)
     assert not listens(second.port)
-    wait_for(lambda: not ray_workers(head.pid, CONTROLLER), 30, "Ray Serve to be gone")
+    wait_for(lambda: not ray_workers(head.pid, CONTROLLER), "Ray Serve to be gone")
 
 
 def test_what_others_serve_is_left_alone(

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from pipeline.errors import ClusterError
 from tasks import submit
 from tests.conftest import (
     ENVIRONMENT,
+    HANG,
     ROOT,
     TINY,
     Workplace,
@@ -104,13 +104,13 @@ def test_a_job_outlives_its_client_and_its_driver_and_is_found_again(
     assert first.startswith("submitted digits-"), first
     job = first.split()[1].rstrip(";")
     client.send_signal(signal.SIGHUP)  # its terminal is lost
-    client.communicate(timeout=20)
+    client.communicate(timeout=HANG)
 
     again = place.start(*command(cable.address, "--wait"), RAY_AUTH_TOKEN=TOKEN)
     try:
         assert again.stdout is not None
         assert again.stdout.readline().startswith(f"{job} is at this run already")
-        wait_for(lambda: list(place.folder.glob("runs/train/*/step-*")), 120, "a checkpoint")
+        wait_for(lambda: list(place.folder.glob("runs/train/*/step-*")), "a checkpoint")
         cable.cut()
         (driver,) = [
             process
@@ -118,7 +118,7 @@ def test_a_job_outlives_its_client_and_its_driver_and_is_found_again(
             if "tasks.attempts" not in process.cmdline()
         ]
         driver.kill()
-        output, _ = again.communicate(timeout=120)
+        output, _ = again.communicate(timeout=HANG)
     finally:
         end(again)
         cable.close()
@@ -144,16 +144,16 @@ def test_a_job_is_cancelled_and_its_exit_code_told(head: Head, place: Workplace)
         place.start(*command(head.address, "--attempts", "3", sets=sets), RAY_AUTH_TOKEN=TOKEN)
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
+    outputs = [process.communicate(timeout=HANG)[0] for process in both]
     (job,) = {word for output in outputs for word in output.split() if word.startswith("long-")} & {
         output.split()[1 if output.startswith("submitted") else 0].rstrip(";") for output in outputs
     }
     assert sorted(output.startswith("submitted") for output in outputs) == [False, True]
-    wait_for(lambda: list(place.folder.glob("runs/train/*/step-*")), 120, "a checkpoint")
+    wait_for(lambda: list(place.folder.glob("runs/train/*/step-*")), "a checkpoint")
     where = ["--address", head.address]
     follower = place.start("logs", job, "--follow", *where, RAY_AUTH_TOKEN=TOKEN)
     assert f"{job} is stopped" in place.ddpm("cancel", job, *where, RAY_AUTH_TOKEN=TOKEN)
-    output, _ = follower.communicate(timeout=60)
+    output, _ = follower.communicate(timeout=HANG)
     assert follower.returncode == 130
     assert "has been stopped; submitted again, the run goes on" in output
     assert not [p for p in ray_workers(head.pid, "tasks run") if p.status() != psutil.STATUS_ZOMBIE]
@@ -168,17 +168,16 @@ def test_a_job_is_cancelled_and_its_exit_code_told(head: Head, place: Workplace)
 
 def test_a_cluster_that_cannot_be_used_is_one_sentence(head: Head, place: Workplace) -> None:
     def refused(address: str, **environment: str) -> str:
-        begin = time.monotonic()
         told = subprocess.run(
             [sys.executable, "-m", "tasks", *command(address)],
             cwd=place.folder,
             env={**ENVIRONMENT, "HOME": str(place.folder), **environment},
             capture_output=True,
             text=True,
+            timeout=HANG,
         )
         assert told.returncode == 2, told
         assert told.stderr.count("\n") == 1, told.stderr
-        assert time.monotonic() - begin < 60
         return told.stderr
 
     assert "it asks for a token; put that of the head" in refused(head.address)

@@ -272,7 +272,7 @@ def test_prefetch_is_ahead_by_its_depth_and_no_further() -> None:
     coming = prefetch(Batches(shuffle).at, 0, 100, depth=3)
     for _ in range(5):
         next(coming)
-    wait_for(lambda: shuffle.asked == 8, 5, "the batches ahead")
+    wait_for(lambda: shuffle.asked == 8, "the batches ahead")
     time.sleep(0.05)
     assert shuffle.asked == 8
     coming.close()

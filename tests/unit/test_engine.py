@@ -23,7 +23,7 @@ from pipeline.seeding import key, normal
 from pipeline.serving import recipe
 from pipeline.serving.engine import Caller, Engine, ImageRequest, evenly
 from pipeline.serving.engine_thread import EngineThread, StepFailed
-from tests.conftest import wait_for
+from tests.conftest import HANG, wait_for
 
 
 def make_model(class_names: list[str], has_null_label: bool = True, **diffusion: object) -> Model:
@@ -298,9 +298,9 @@ def test_the_thread_serves_many_callers_and_survives_a_bad_request(model: Model)
     futures: list[Future[np.ndarray]] = [thread.submit(engine, request) for request in requests]
     bad = thread.submit(engine, ImageRequest(0, 0, 99, SETTINGS[0]))
     with pytest.raises(RequestError, match="label=99"):
-        bad.result(timeout=60)
+        bad.result(timeout=HANG)
     for request, future in zip(requests, futures, strict=True):
-        assert np.array_equal(future.result(timeout=60), alone(model, request))
+        assert np.array_equal(future.result(timeout=HANG), alone(model, request))
     thread.close()
     assert not thread.is_alive
 
@@ -314,7 +314,7 @@ def test_a_cancelled_image_makes_room(model: Model) -> None:
     last = thread.submit(engine, crowd()[0])
     for future in futures:
         assert future.cancel()
-    assert np.array_equal(last.result(timeout=60), alone(model, crowd()[0]))
+    assert np.array_equal(last.result(timeout=HANG), alone(model, crowd()[0]))
     assert engine.num_calls < 900, "the long ones were not drawn to their end"
     waiting = thread.submit(engine, long[0])
     thread.close()
@@ -330,13 +330,13 @@ def test_callers_hear_of_a_network_that_fails_and_the_thread_goes_on(
         futures = [thread.submit(engine, request) for request in crowd()]
         for future in futures:
             with pytest.raises(StepFailed, match="ZeroDivisionError: division by zero"):
-                future.result(timeout=60)
+                future.result(timeout=HANG)
         assert thread.failures > 0
         failures = thread.failures
-        thread.call(lambda: thread._step(engine, {})).result(timeout=60)
+        thread.call(lambda: thread._step(engine, {})).result(timeout=HANG)
         assert thread.failures == failures, "a step without work calls no network"
     request = crowd()[0]
-    found = thread.submit(engine, request).result(timeout=60)
+    found = thread.submit(engine, request).result(timeout=HANG)
     assert np.array_equal(found, alone(model, request))
     assert thread.failures == 0
     thread.close()
@@ -358,7 +358,7 @@ def test_those_that_come_hold_up_nobody(model: Model, monkeypatch: pytest.Monkey
     futures = [thread.submit(engine, replace(first, index=i)) for i in range(20)]
     go_on.set()
     for future in futures:
-        future.result(timeout=60)
+        future.result(timeout=HANG)
     # an image that takes long to take in lets those in hand have a network call before the next
     assert calls == list(range(20))
 
@@ -368,7 +368,7 @@ def test_those_that_come_hold_up_nobody(model: Model, monkeypatch: pytest.Monkey
     for future in called_off:
         assert future.cancel()
     go_on.set()
-    thread.submit(engine, first).result(timeout=60)
+    thread.submit(engine, first).result(timeout=HANG)
     assert len(calls) == 21, "what was called off on its way is not taken in"
     thread.close()
 
@@ -383,7 +383,7 @@ def test_engines_take_turns_on_one_thread(model: Model) -> None:
         note = functools.partial(lambda which, frame: order.append(which), which)
         futures[which, request] = thread.submit(engines[which], request, frames=19, on_frame=note)
     for (which, request), future in futures.items():
-        assert np.array_equal(future.result(timeout=60), alone(models[which], request))
+        assert np.array_equal(future.result(timeout=HANG), alone(models[which], request))
     turns = [which for which, _ in itertools.groupby(order)]
     assert len(turns) > 20, "neither waited for the other to be done"
     thread.close()
@@ -398,24 +398,24 @@ def test_a_thread_tells_how_long_it_is_in_a_step(
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", lambda self: (go_on.wait(60), step(self))[1])
         future = thread.submit(engine, crowd()[0])
-        wait_for(lambda: thread.seconds_in_step > 0.2, 20, "a step that does not end")
+        wait_for(lambda: thread.seconds_in_step > 0.2, "a step that does not end")
         go_on.set()
-        future.result(timeout=60)
-    wait_for(lambda: thread.seconds_in_step == 0, 20, "the thread to be without work")
+        future.result(timeout=HANG)
+    wait_for(lambda: thread.seconds_in_step == 0, "the thread to be without work")
     thread.close()
 
 
 def test_a_thread_tells_of_its_steps_and_does_other_things_between_them(model: Model) -> None:
     steps: list[tuple[Engine, float, int]] = []
     thread, engine = EngineThread(lambda *step: steps.append(step)), Engine(model)
-    assert thread.call(engine.warm_up).result(timeout=60) > 0
+    assert thread.call(engine.warm_up).result(timeout=HANG) > 0
     request = ImageRequest(0, 0, 1, SamplingConfig(steps=5, guidance=1.0))
-    thread.submit(engine, request).result(timeout=60)
+    thread.submit(engine, request).result(timeout=HANG)
     assert [rows for _, _, rows in steps] == [2] * 5
     assert all(of is engine and seconds > 0 for of, seconds, _ in steps)
     with pytest.raises(ZeroDivisionError):
-        thread.call(lambda: 1 / 0).result(timeout=60)
-    assert thread.call(lambda: 3).result(timeout=60) == 3
+        thread.call(lambda: 1 / 0).result(timeout=HANG)
+    assert thread.call(lambda: 3).result(timeout=HANG) == 3
     thread.close()
 
 

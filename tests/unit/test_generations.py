@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.errors import RequestError
 from tasks.generations import Asked, Generation, Generations
+from tests.conftest import HANG
 
 ASKED = Asked("digest", "ann", n=1, rows=1)
 
@@ -25,7 +26,7 @@ def on_a_loop(body: Callable[[], Awaitable[Any]]) -> Any:
             result.set_exception(error)
 
     threading.Thread(target=lambda: asyncio.run(run()), daemon=True).start()
-    return result.result(timeout=20)
+    return result.result(timeout=HANG)
 
 
 def test_who_starts_beyond_the_last_event_waits_for_the_end_and_stops_nobody() -> None:
