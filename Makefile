@@ -4,6 +4,7 @@ VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 PYTEST := pytest
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: help install run check test soak load lint bench serve ui image up down clean
@@ -37,10 +38,10 @@ run: $(PACKAGE)  ## Run the whole pipeline on the embedded digits
 	$(BIN)/ddpm run configs/digits.yaml
 
 check: $(TOOLS) lint  ## Check style and types, run the tests that start no process
-	$(BIN)/python -m $(PYTEST) -n 2 --dist worksteal tests/unit
+	$(BIN)/python -m $(PYTEST) $(PARALLEL) tests/unit
 
 test: $(TOOLS) lint  ## Check style and types, run the test suite
-	$(BIN)/python -m $(PYTEST) -n 2 --dist worksteal
+	$(BIN)/python -m $(PYTEST) $(PARALLEL)
 
 lint: $(TOOLS)   ## Check style and types
 	$(BIN)/ruff check .

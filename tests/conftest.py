@@ -1,6 +1,7 @@
 """Shared surroundings of the tests: one thread, a tiny config, one trained pipeline on real Ray."""
 
 import contextlib
+import gc
 import io
 import os
 import random
@@ -8,10 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # before torch is imported: libgomp's threads must not spin beside those of the pipelines under test
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -27,9 +29,6 @@ import pytest
 import torch
 
 from pipeline import storage
-
-if TYPE_CHECKING:
-    from tests.service import Service
 
 torch.set_num_threads(1)
 
@@ -69,21 +68,29 @@ HANG = float(os.environ.setdefault("DDPM_TESTS_HANG", str(_seconds_of_a_hang()))
 """Seconds after which a wait has hung: a bound of no wait that goes well."""
 
 
+_started: list["subprocess.Popen[str]"] = []
+"""The commands of all workplaces."""
+
+
 @dataclass(frozen=True)
 class Workplace:
     """A folder in which the `ddpm` command is used, as a person would."""
 
     folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Of its commands, beside that of the tests."""
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "tasks", *arguments],
             cwd=self.folder,
-            env={**ENVIRONMENT, **environment},
+            env={**ENVIRONMENT, **self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
+        _started.append(process)
+        return process
 
     def ddpm(self, *arguments: str, code: int = 0, **environment: str) -> str:
         """Run a command to its end, check its exit code, return what it printed."""
@@ -128,12 +135,49 @@ def tiny_command(verb: str, *overrides: str, config: str = "digits") -> list[str
 def end(process: subprocess.Popen[str]) -> None:
     """End a command that is still running, with all that it started."""
     if process.poll() is None:
-        children = psutil.Process(process.pid).children(recursive=True)
+        family = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         process.wait()
-        psutil.wait_procs(children, timeout=HANG)
+        end_all(family)
     if process.stdout is not None:
         process.stdout.close()
+
+
+def end_all(processes: list[psutil.Process]) -> None:
+    """End processes; those of a Ray whose driver is gone end by themselves, given a moment."""
+    _, left = psutil.wait_procs(processes, timeout=5)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=HANG)
+
+
+@contextmanager
+def nothing_left_of(test: str) -> Iterator[None]:
+    """End what is started meanwhile and left, however it is left: by a variable that it inherits.
+
+    What fixtures of a wider scope have started does not have it: they end it themselves.
+    """
+    variable, value = "DDPM_TEST", f"{os.getpid()} {test}"
+    before = len(_started)
+    for environment in (os.environ, ENVIRONMENT):
+        environment[variable] = value
+    try:
+        yield
+    finally:
+        for command in _started[before:]:
+            end(command)
+        left = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(variable) == value:
+                    left.append(process)
+        end_all(left)
+        if left:  # who does not hear of its end would be warned of in the middle of another test
+            for popen in [it for it in gc.get_objects() if isinstance(it, subprocess.Popen)]:
+                popen.poll()
+        for environment in (os.environ, ENVIRONMENT):
+            del environment[variable]
 
 
 def ray_workers(pid: int, title: str) -> list[psutil.Process]:
@@ -199,16 +243,29 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return workplace
 
 
-@pytest.fixture(scope="session")
-def service(tiny: Workplace, failing: Path) -> Iterator["Service"]:
-    """The tiny model, served by two replicas; shared by the tests of a process."""
-    from tests.service import served
+# --- which tests share a process, and in which order ----------------------------------------------
 
-    with served(tiny, "--replicas", "2", **FAULTS, DDPM_FAILING=str(failing)) as running:
-        yield running
+GROUPS = {
+    "system/head": "head",
+    "system/test_s3": "s3",
+    "system/service": "service",
+    "system/test_operation": "service",
+    "system/test_nodes": "nodes",
+}
+"""The tests of a group run in one process, one after the other: they share a Ray head, or a service
+of which there is to be one at a time. The longest groups first; the rest, a file each, after them.
+"""
 
 
-@pytest.fixture(scope="session")
-def failing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file: of the processes of `service` whose numbers are in it network calls fail."""
-    return tmp_path_factory.mktemp("failing") / "numbers"
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = list(GROUPS)
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(ROOT / "tests").as_posix()
+        return next((i for i, start in enumerate(order) if path.startswith(start)), len(order))
+
+    items.sort(key=place)
+    for item in items:
+        rank = place(item)
+        name = GROUPS[order[rank]] if rank < len(order) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(name))

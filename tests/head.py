@@ -13,6 +13,8 @@ import psutil
 
 from tests.conftest import ENVIRONMENT, end, free_port, listens, wait_for
 
+TOKEN = "a-token-of-these-tests-and-no-others-0123456789"
+
 
 class Head(NamedTuple):
     pid: int
@@ -24,6 +26,15 @@ class Head(NamedTuple):
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def joined(self) -> dict[str, str]:
+        """The environment of a command that joins it, if it was started with TOKEN."""
+        return {
+            "RAY_ADDRESS": f"127.0.0.1:{self.gcs}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
+        }
 
 
 @contextmanager
@@ -43,9 +54,10 @@ def started(**environment: str) -> Iterator[Head]:
             text=True,
         )
         try:
-            wait_for(lambda: listens(port), "the head's job server")
+            wait_for(lambda: listens(port), "the head's job server", process)
             yield Head(process.pid, port, gcs)
         finally:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()  # it would wait for them, and they for it
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()  # it would wait for them, and they for it
             end(process)

@@ -69,6 +69,14 @@ class S3:
         connection.close()
 
 
+STUMBLES = ("500", "503", "slow", "cut", "lost")
+
+
+def stumble(number: int, *_: str) -> str:
+    """A fault that lets every 61st request fail, each time in another way."""
+    return STUMBLES[number // 61 % len(STUMBLES)] if number % 61 == 60 else ""
+
+
 class Unreliable:
     """A proxy before an S3 server; `fault` says what goes wrong with each request."""
 

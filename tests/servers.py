@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from pipeline.data.images import png
-from tests.conftest import HANG, free_port, listens, wait_for
+from tests.conftest import free_port, listens, wait_for
 
 if TYPE_CHECKING:
     from tests.s3 import S3
@@ -57,7 +57,7 @@ def mlflow_server(
             command, stdout=log, stderr=log, cwd=folder, env={**os.environ, **environment}
         )
         try:
-            wait_for(lambda: _answers(port), "the MLflow server")
+            wait_for(lambda: _answers(port), "the MLflow server", process)
             yield
         finally:
             for child in [*psutil.Process(process.pid).children(recursive=True), process]:
@@ -67,7 +67,7 @@ def mlflow_server(
 
 def _answers(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=HANG):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
             return True
     except OSError:
         return False
@@ -114,7 +114,7 @@ def postgres() -> Iterator[str]:
         log = (Path(parent) / "log").open("wb")
         process = subprocess.Popen(server, user=user, cwd="/", stdout=log, stderr=log)
         try:
-            wait_for(lambda: listens(port), "PostgreSQL")
+            wait_for(lambda: listens(port), "PostgreSQL", process)
             yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
         finally:
             process.terminate()

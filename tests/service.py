@@ -1,5 +1,6 @@
 """A real service on a real Ray, as a test uses it over HTTP."""
 
+import base64
 import contextlib
 import http.client
 import json
@@ -12,8 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import psutil
 
+from pipeline.registry.models import load_model, resolve
+from pipeline.samplers.plan import SamplingConfig
+from pipeline.serving.engine import ImageRequest
+from pipeline.serving.offline import draw
+from pipeline.serving.recipe import decode
 from tests.conftest import HANG, Workplace, end, free_port
 
 
@@ -70,6 +77,26 @@ class Service:
         assert status == 200, reply
         data: list[dict[str, Any]] = reply["data"]
         return data
+
+
+def assert_drawn_as_alone(
+    images: list[dict[str, Any]], place: Workplace, request: dict[str, Any]
+) -> None:
+    """They are those that the champion of a workplace draws in this process, bit for bit."""
+    uri = f"sqlite:///{place.folder}/mlflow.db"
+    model = load_model(resolve("digits@champion", uri).uri, uri)
+    steps, guidance = request["num_inference_steps"], request["guidance_scale"]
+    sampling = SamplingConfig(steps=steps, guidance=guidance)
+    requests = [
+        ImageRequest(request["seed"], i, request["class_label"], sampling)
+        for i in range(len(images))
+    ]
+    assert [(image["seed"], image["index"]) for image in images] == [
+        (request.seed, request.index) for request in requests
+    ]
+    found = [decode(base64.b64decode(image["b64_json"]), "")[0] for image in images]
+    assert np.array_equal(np.stack(found), draw(model, requests).pixels)
+    assert len({pixels.tobytes() for pixels in found}) == len(images)
 
 
 @contextlib.contextmanager

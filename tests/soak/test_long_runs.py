@@ -18,8 +18,7 @@ from tests.cluster import Cluster
 from tests.conftest import HANG, Workplace, end, ray_workers, tiny_command, wait_for
 from tests.servers import free_port, mlflow_server
 from tests.service import Service
-from tests.system.test_nodes import PORT, SAMPLER, cluster, needs_machines  # noqa: F401
-from tests.system.test_pipeline import (
+from tests.system.head.test_pipeline import (
     final_step,
     interrupt,
     metric_history,
@@ -27,6 +26,7 @@ from tests.system.test_pipeline import (
     place_with_shards,
     wait_for_checkpoint,
 )
+from tests.system.test_nodes import PORT, SAMPLER, cluster, needs_machines  # noqa: F401
 
 
 def test_elastic_workers_follow_the_nodes_that_come_and_are_lost(

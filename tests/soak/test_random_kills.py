@@ -18,7 +18,7 @@ import torch
 
 from pipeline.serving.engine import Engine
 from tests.conftest import HANG, Workplace, end, ray_workers, tiny_command
-from tests.system.test_pipeline import metric_history, place_with_shards, weights_of
+from tests.system.head.test_pipeline import metric_history, place_with_shards, weights_of
 from tests.unit.test_engine import alone, crowd, make_model
 from tests.unit.test_training import config, fresh, with_dropout
 from tests.unit.test_training import run as train_steps

@@ -19,7 +19,8 @@ from pipeline.storage import Manifest
 from tests.conftest import Workplace, end, tiny_command
 from tests.machines import Machine, why_not
 from tests.rooms import Room
-from tests.system.test_pipeline import metric_history
+from tests.s3 import stumble
+from tests.system.head.test_pipeline import metric_history
 
 pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
 
@@ -39,7 +40,7 @@ needs_machines = pytest.mark.skipif(
 
 
 class PowerCuts:
-    """A node is lost in each of three stages, and another comes."""
+    """A node is lost in each of three stages, and another comes; requests fail now and then."""
 
     DUE = (
         ("preprocess", "PUT", r"/preprocess/.*\.parquet"),
@@ -58,15 +59,19 @@ class PowerCuts:
         self._is_trained = False
 
     def __call__(self, number: int, method: str, path: str) -> str:
+        self._cut(number, method, path)
+        return stumble(number)
+
+    def _cut(self, number: int, method: str, path: str) -> None:
         cluster = self.cluster
         if cluster is None or len(self.lost) == len(self.DUE):
-            return ""
+            return
         self._is_trained |= method == "PUT" and bool(re.search("/train/.*/manifest.json", path))
         stage, of_method, pattern = self.DUE[len(self.lost)]
         if method != of_method or not re.search(pattern, path):
-            return ""
+            return
         if stage == "evaluate" and not self._is_trained:  # a preview
-            return ""
+            return
         victim = cluster.nodes.get(cluster.bucket.keys[number])
         if stage == "train":
             machines = (cluster.head, *cluster.nodes.values())
@@ -78,7 +83,6 @@ class PowerCuts:
         if victim is not None:
             self.lost[stage] = victim
             cluster.replace(victim, silently=stage == "train")
-        return ""
 
 
 @pytest.fixture(scope="module")

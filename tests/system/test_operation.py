@@ -3,7 +3,6 @@
 One service for all of them, in this order; the last test ends it.
 """
 
-import base64
 import contextlib
 import dataclasses
 import http.client
@@ -16,7 +15,6 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -30,7 +28,7 @@ from pipeline.registry.models import ModelReference, load_model, register
 from pipeline.registry.runs import TrackedRun
 from tests.browser import OpenPage, chromium
 from tests.conftest import HANG, ROOT, Workplace, wait_for
-from tests.service import Service, served
+from tests.service import Service, assert_drawn_as_alone, served
 
 MAX_SECONDS = round(12 * HANG / 300)
 """Of a request: longer on a machine that is slower."""
@@ -63,31 +61,11 @@ def of(service: Service, name: str) -> Service:
     return dataclasses.replace(service, headers=headers)
 
 
-def test_one_replica_draws_what_two_and_the_command_line_draw(
-    tiny: Workplace, service: Service, ann: Service, tmp_path: Path
-) -> None:
-    # Ray Serve's router leaves out a replica that does not tell its queue within 0.1 s, which on
-    # busy cores a fresh one may not: both take part soon, not always at once
-    for _ in range(20):
-        two = service.images(n=64, **REQUEST)
-        if len({image["replica"] for image in two}) == 2:
-            break
-    assert len({image["replica"] for image in two}) == 2, "the images are dealt to both replicas"
-    assert [image["index"] for image in two] == list(range(64))
-    assert {image["seed"] for image in two} == {11}
-    one = ann.images(n=64, **REQUEST)
-    assert len({image["replica"] for image in one}) == 1
-    pngs = [base64.b64decode(image["b64_json"]) for image in two]
-    assert pngs == [base64.b64decode(image["b64_json"]) for image in one]
-    assert len(set(pngs)) == 64
-
-    (webp,) = service.images(**REQUEST, output_format="webp")
-    for name, data in (("63.png", pngs[63]), ("0.webp", base64.b64decode(webp["b64_json"]))):
-        file, again = tmp_path / name, tmp_path / f"again {name}.png"
-        file.write_bytes(data)
-        output = tiny.quick("reproduce", str(file), "--out", str(again))
-        assert "bit for bit" in output
-    assert (tmp_path / "again 63.png.png").read_bytes() == pngs[63]
+def test_one_replica_draws_what_the_model_draws_alone(tiny: Workplace, ann: Service) -> None:
+    """As two do, see tests/system/service/test_serve.py."""
+    images = ann.images(n=64, **REQUEST)
+    assert len({image["replica"] for image in images}) == 1
+    assert_drawn_as_alone(images, tiny, REQUEST)
 
 
 def test_who_has_no_key_is_told_so(ann: Service) -> None:

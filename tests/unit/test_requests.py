@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from typing import Any
 
 import pytest
@@ -90,6 +91,51 @@ def test_whatever_comes_is_a_request_or_one_sentence(body: Any) -> None:
     else:
         again = json.loads(request.model_dump_json())
         assert parse_request(again, model().spec, CONFIG) == request
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "sentence"),
+    [
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 65}, "n", "n=65 must be from 1 to 64"),
+        ({"n": "3"}, "n", "valid integer"),
+        ({"n": True}, "n", "valid integer"),
+        ({"num_inference_steps": 0}, "num_inference_steps", "greater than or equal to 1"),
+        ({"num_inference_steps": 1001}, "num_inference_steps", "from 1 to the model's 1000"),
+        ({"class_label": 10}, "class_label", "label=10 is not a class of the model, from 0 to 9"),
+        ({"class_label": -1}, "class_label", "greater than or equal to 0"),
+        ({"guidance_scale": -1}, "guidance_scale", "greater than or equal to 0"),
+        ({"guidance_scale": 51}, "guidance_scale", "less than or equal to 50"),
+        ({"guidance_scale": 1}, "guidance_scale", "needs a label"),
+        ({"seed": -1}, "seed", "greater than or equal to 0"),
+        ({"seed": 2**63}, "seed", "less than"),
+        ({"seed": 1.5}, "seed", "valid integer"),
+        ({"sampler": "magic"}, "sampler", "'ancestral', 'ddim'"),
+        ({"sampler": "ancestral", "eta": 1}, None, "has no meaning for"),
+        ({"sampler": "ode"}, "sampler", "is not served: draw with `ddpm sample`"),
+        ({"order": 3}, None, "order=3 has no meaning for sampler=ddim"),
+        ({"spacing": "magic"}, "spacing", "'trailing', 'leading'"),
+        ({"size": "512x512"}, "size", "must be auto or 8x8"),
+        ({"prompt": "a cat"}, "prompt", "is not a class name; there are: 0, 1, 2"),
+        ({"prompt": "1", "class_label": 1}, "class_label", "not both"),
+        ({"quality": "hd"}, "quality", "is not a parameter of this service"),
+        ({"response_format": "url"}, "response_format", "'b64_json'"),
+        ([], None, "must be a JSON object"),
+        ({"partial_images": 3}, "partial_images", "partial_images=3 needs stream=true"),
+        ({"stream": "yes"}, "stream", "valid boolean"),
+        (
+            {"n": 64, "partial_images": 100, "stream": True},
+            "partial_images",
+            "n=64 times partial_images=100 must be at most 1000",
+        ),
+    ],
+)
+def test_a_bad_request_is_refused_with_the_parameter(
+    body: object, param: str | None, sentence: str
+) -> None:
+    with pytest.raises(RequestError, match=re.escape(sentence)) as caught:
+        image_requests(parse_request(body, model().spec, CONFIG), model().spec, 1)
+    assert caught.value.param == param
 
 
 def test_partial_images_of_large_images_are_fewer() -> None:

@@ -24,33 +24,25 @@ from tests.conftest import (
     ROOT,
     TINY,
     Workplace,
-    end,
     free_port,
     ray_workers,
     wait_for,
 )
-from tests.head import Head, started
-
-TOKEN = "a-token-of-this-test-and-no-other-0123456789"
-
-
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    with started(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN) as head:
-        yield head
+from tests.head import TOKEN, Head
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Workplace:
-    """A folder with a config in it."""
+def place(tiny: Workplace, tmp_path: Path) -> Workplace:
+    """A folder with a config in it, and with a model that has not been registered."""
     shutil.copy(ROOT / "configs" / "digits.yaml", tmp_path)
-    return Workplace(tmp_path)
+    for stage in ("preprocess", "reference", "train", "evaluate"):
+        shutil.copytree(tiny.folder / "runs" / stage, tmp_path / "runs" / stage)
+    return Workplace(tmp_path, {"RAY_AUTH_TOKEN": TOKEN})
 
 
 def command(address: str, *more: str, sets: tuple[str, ...] = ()) -> list[str]:
     """`ddpm submit` of the tiny run."""
-    few = ("evaluation.during_training=0", *sets)
-    words = [word for value in [*TINY, *few] for word in ("--set", value)]
+    words = [word for value in [*TINY, *sets] for word in ("--set", value)]
     return ["submit", "digits.yaml", "--address", address, *words, *more]
 
 
@@ -98,7 +90,7 @@ def test_a_job_outlives_its_client_and_its_driver_and_is_found_again(
     head: Head, place: Workplace
 ) -> None:
     cable = Cable(head.port)
-    client = place.start(*command(head.address, "--attempts", "2", "--wait"), RAY_AUTH_TOKEN=TOKEN)
+    client = place.start(*command(head.address, "--attempts", "2", "--wait"))
     assert client.stdout is not None
     first = client.stdout.readline()
     assert first.startswith("submitted digits-"), first
@@ -106,62 +98,57 @@ def test_a_job_outlives_its_client_and_its_driver_and_is_found_again(
     client.send_signal(signal.SIGHUP)  # its terminal is lost
     client.communicate(timeout=HANG)
 
-    again = place.start(*command(cable.address, "--wait"), RAY_AUTH_TOKEN=TOKEN)
-    try:
-        assert again.stdout is not None
-        assert again.stdout.readline().startswith(f"{job} is at this run already")
-        wait_for(lambda: list(place.folder.glob("runs/train/*/step-*")), "a checkpoint")
-        cable.cut()
-        (driver,) = [
-            process
-            for process in ray_workers(head.pid, "tasks run")
-            if "tasks.attempts" not in process.cmdline()
-        ]
-        driver.kill()
-        output, _ = again.communicate(timeout=HANG)
-    finally:
-        end(again)
-        cable.close()
+    again = place.start(*command(cable.address, "--wait"))
+    assert again.stdout is not None
+    assert again.stdout.readline().startswith(f"{job} is at this run already")
+    # its samples come next
+    wait_for(lambda: list(place.folder.glob("runs/register/*/manifest.json")), "a version", again)
+    cable.cut()
+    (driver,) = [
+        process
+        for process in ray_workers(head.pid, "tasks run")
+        if "tasks.attempts" not in process.cmdline()
+    ]
+    driver.kill()
+    output, _ = again.communicate(timeout=HANG)
+    cable.close()
     assert again.returncode == 0, output
     assert output.count("attempt 1 of 2 was killed by signal 9: the next goes on") == 1
-    log = place.ddpm("logs", job, "--address", head.address, RAY_AUTH_TOKEN=TOKEN)
+    log = place.ddpm("logs", job, "--address", head.address)
     assert output == log
     assert "cached" in log, "the second attempt began anew"
 
-    output = place.ddpm(*command(head.address), RAY_AUTH_TOKEN=TOKEN)
+    output = place.ddpm(*command(head.address))
     second = f"{job.removesuffix('-1')}-2"
     assert output.startswith(f"submitted {second};")
-    lines = place.ddpm("jobs", "--address", head.address, RAY_AUTH_TOKEN=TOKEN).splitlines()
+    lines = place.ddpm("jobs", "--address", head.address).splitlines()
     known = [line.split()[:3] for line in lines[1:]]
     assert known[0] == [job, "digits.yaml", "succeeded"]
     assert known[1][:2] == [second, "digits.yaml"]
-    place.ddpm("cancel", second, "--address", head.address, RAY_AUTH_TOKEN=TOKEN)
+    place.ddpm("cancel", second, "--address", head.address)
 
 
 def test_a_job_is_cancelled_and_its_exit_code_told(head: Head, place: Workplace) -> None:
-    sets = ("training.steps=100000", "name=long")
-    both = [
-        place.start(*command(head.address, "--attempts", "3", sets=sets), RAY_AUTH_TOKEN=TOKEN)
-        for _ in range(2)
-    ]
+    sets = ("training.steps=100000", "name=long")  # which must be trained
+    both = [place.start(*command(head.address, "--attempts", "3", sets=sets)) for _ in range(2)]
     outputs = [process.communicate(timeout=HANG)[0] for process in both]
     (job,) = {word for output in outputs for word in output.split() if word.startswith("long-")} & {
         output.split()[1 if output.startswith("submitted") else 0].rstrip(";") for output in outputs
     }
     assert sorted(output.startswith("submitted") for output in outputs) == [False, True]
-    wait_for(lambda: list(place.folder.glob("runs/train/*/step-*")), "a checkpoint")
+    wait_for(lambda: list(place.folder.glob("runs/train/*/.lock")), "a training")
     where = ["--address", head.address]
-    follower = place.start("logs", job, "--follow", *where, RAY_AUTH_TOKEN=TOKEN)
-    assert f"{job} is stopped" in place.ddpm("cancel", job, *where, RAY_AUTH_TOKEN=TOKEN)
+    follower = place.start("logs", job, "--follow", *where)
+    assert f"{job} is stopped" in place.ddpm("cancel", job, *where)
     output, _ = follower.communicate(timeout=HANG)
     assert follower.returncode == 130
     assert "has been stopped; submitted again, the run goes on" in output
     assert not [p for p in ray_workers(head.pid, "tasks run") if p.status() != psutil.STATUS_ZOMBIE]
-    assert "was over already" in place.ddpm("cancel", job, *where, RAY_AUTH_TOKEN=TOKEN)
-    output = place.ddpm("logs", "nosuch", *where, code=2, RAY_AUTH_TOKEN=TOKEN)
+    assert "was over already" in place.ddpm("cancel", job, *where)
+    output = place.ddpm("logs", "nosuch", *where, code=2)
     assert f"error: there is no job nosuch at {head.address}" in output
     wrong = command(head.address, "--wait", "--attempts", "3", sets=("data.source=/nowhere",))
-    output = place.ddpm(*wrong, code=2, RAY_AUTH_TOKEN=TOKEN)
+    output = place.ddpm(*wrong, code=2)
     assert "/nowhere" in output
     assert "the next goes on" not in output, "the user's mistake is not tried again"
 

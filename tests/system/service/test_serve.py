@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.serving import recipe
 from tests.conftest import HANG, Workplace, ray_workers, wait_for
-from tests.service import Service
+from tests.service import Service, assert_drawn_as_alone
 
 REQUEST = {"seed": 11, "num_inference_steps": 4, "class_label": 3, "guidance_scale": 1.0}
 
@@ -53,45 +53,13 @@ def test_a_class_name_as_prompt_is_its_label(service: Service) -> None:
     assert by_name["b64_json"] == by_label["b64_json"]
 
 
-@pytest.mark.parametrize(
-    ("body", "param", "sentence"),
-    [
-        ({"n": 0}, "n", "greater than or equal to 1"),
-        ({"n": 65}, "n", "n=65 must be from 1 to 64"),
-        ({"n": "3"}, "n", "valid integer"),
-        ({"n": True}, "n", "valid integer"),
-        ({"num_inference_steps": 0}, "num_inference_steps", "greater than or equal to 1"),
-        ({"num_inference_steps": 1001}, "num_inference_steps", "from 1 to the model's 1000"),
-        ({"class_label": 10}, "class_label", "label=10 is not a class of the model, from 0 to 9"),
-        ({"class_label": -1}, "class_label", "greater than or equal to 0"),
-        ({"guidance_scale": -1}, "guidance_scale", "greater than or equal to 0"),
-        ({"guidance_scale": 51}, "guidance_scale", "less than or equal to 50"),
-        ({"guidance_scale": 1}, "guidance_scale", "needs a label"),
-        ({"seed": -1}, "seed", "greater than or equal to 0"),
-        ({"seed": 2**63}, "seed", "less than"),
-        ({"seed": 1.5}, "seed", "valid integer"),
-        ({"sampler": "magic"}, "sampler", "'ancestral', 'ddim'"),
-        ({"sampler": "ancestral", "eta": 1}, None, "has no meaning for"),
-        ({"sampler": "ode"}, "sampler", "is not served: draw with `ddpm sample`"),
-        ({"order": 3}, None, "order=3 has no meaning for sampler=ddim"),
-        ({"spacing": "magic"}, "spacing", "'trailing', 'leading'"),
-        ({"size": "512x512"}, "size", "must be auto or 8x8"),
-        ({"prompt": "a cat"}, "prompt", "is not a class name; there are: 0, 1, 2"),
-        ({"prompt": "1", "class_label": 1}, "class_label", "not both"),
-        ({"quality": "hd"}, "quality", "is not a parameter of this service"),
-        ({"response_format": "url"}, "response_format", "'b64_json'"),
-        ([], None, "must be a JSON object"),
-    ],
-)
-def test_a_bad_request_is_422_with_the_parameter(
-    service: Service, body: object, param: str | None, sentence: str
-) -> None:
-    status, reply = service.post(body)
+def test_a_bad_request_is_422_with_the_parameter(service: Service) -> None:
+    """Which requests are bad, and how it is said: tests/unit/test_requests.py."""
+    status, reply = service.post({"n": 65})
     assert status == 422
     error = reply["error"]
-    assert error["type"] == "invalid_request_error"
-    assert error["param"] == param
-    assert sentence in error["message"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", "n")
+    assert "must be from 1 to 64" in error["message"]
 
 
 def test_another_model_is_404(service: Service) -> None:
@@ -164,6 +132,25 @@ def test_a_replica_whose_network_fails_costs_no_image_and_is_replaced(
         return not broken.is_running()
 
     wait_for(replaced, "the replica to be ended")
+
+
+def test_two_replicas_draw_what_the_model_draws_alone(
+    tiny: Workplace, service: Service, tmp_path: Path
+) -> None:
+    def both() -> list[dict[str, Any]]:
+        # Ray Serve's router leaves out a replica that does not tell its queue within 0.1 s, which
+        # on busy cores a fresh one may not: both take part soon, not always at once
+        images = service.images(n=64, **REQUEST)
+        return images if len({image["replica"] for image in images}) == 2 else []
+
+    images = wait_for(both, "images that are dealt to both replicas")
+    assert_drawn_as_alone(images, tiny, REQUEST)
+    (webp,) = service.images(**REQUEST, output_format="webp")
+    for name, image in (("63.png", images[63]), ("0.webp", webp)):
+        (tmp_path / name).write_bytes(base64.b64decode(image["b64_json"]))
+        again = tmp_path / f"again {name}.png"
+        assert "bit for bit" in tiny.quick("reproduce", str(tmp_path / name), "--out", str(again))
+    assert (tmp_path / "again 63.png.png").read_bytes() == (tmp_path / "63.png").read_bytes()
 
 
 # --- streams, and requests in hand ---------------------------------------------------------------
@@ -271,26 +258,6 @@ def test_a_key_makes_a_request_once(service: Service) -> None:
     status, reply = post({"n": 3})
     assert status == 400
     assert "'k' came with another request before" in reply["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    ("body", "param", "sentence"),
-    [
-        ({"partial_images": 3}, "partial_images", "partial_images=3 needs stream=true"),
-        ({"stream": "yes"}, "stream", "valid boolean"),
-        (
-            {"n": 64, "partial_images": 100, "stream": True},
-            "partial_images",
-            "n=64 times partial_images=100 must be at most 1000",
-        ),
-    ],
-)
-def test_a_stream_that_cannot_be_is_422(
-    service: Service, body: object, param: str, sentence: str
-) -> None:
-    status, reply = service.post(body)
-    assert (status, reply["error"]["param"]) == (422, param)
-    assert sentence in reply["error"]["message"]
 
 
 def test_a_port_in_use_is_a_sentence(tiny: Workplace, service: Service) -> None:

@@ -1,0 +1,3 @@
+"""As in tests/system."""
+
+from tests.system.conftest import nothing_is_left  # noqa: F401
