@@ -258,6 +258,14 @@ of which there is to be one at a time. The longest groups first; the rest, a fil
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort and group the tests; in another order, by DDPM_TESTS_ORDER=NUMBER, to show that it is
+    none that they rely on, but for those of tests/system within a file, of which some tell a story.
+    """
+    if number := os.environ.get("DDPM_TESTS_ORDER"):
+        rng = random.Random(number)
+        files = {path: rng.random() for path in dict.fromkeys(item.path for item in items)}
+        units = {item: rng.random() for item in items if "unit" in item.path.parts}
+        items.sort(key=lambda item: (files[item.path], units.get(item, 0.0)))
     order = list(GROUPS)
 
     def place(item: pytest.Item) -> int:

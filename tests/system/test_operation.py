@@ -1,23 +1,18 @@
 """What an operator of the service relies on: keys, limits, replicas that come, versions that move.
 
-One service for all of them, in this order; the last test ends it.
+One service for all of them, in this order.
 """
 
 import contextlib
 import dataclasses
-import http.client
 import itertools
-import json
 import re
 import shutil
-import signal
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import save as save_tensors
@@ -212,24 +207,6 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_before_serving(
     assert (status, reply["model"]) == (200, before)
     status, reply = ann.post({**REQUEST, "model": str(broken)})
     assert status == 500
-
-
-def test_sigterm_lets_a_running_request_end(ann: Service) -> None:
-    replies: list[tuple[int, Any]] = []
-    request = {**REQUEST, "n": 8, "num_inference_steps": 150, "sampler": "ancestral"}
-    thread = threading.Thread(target=lambda: replies.append(ann.post(request)))
-    thread.start()
-    wait_for(lambda: ann.get("/v1/engine")["requests"], "the request")
-    children = psutil.Process(ann.pid).children(recursive=True)
-    ann.process.send_signal(signal.SIGTERM)  # as Ctrl-C, which ends the other services
-    thread.join()
-    ((status, reply),) = replies
-    assert status == 200, reply
-    assert len(reply["data"]) == 8
-    assert ann.process.wait(timeout=HANG) == 0
-    assert psutil.wait_procs(children, timeout=HANG)[1] == []
-    with pytest.raises((OSError, http.client.HTTPException, json.JSONDecodeError)):
-        ann.post(REQUEST)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """`ddpm serve` on a cluster that was there before and stays."""
 
+import signal
 import subprocess
 import sys
+import threading
+from typing import Any
 
-from tests.conftest import ENVIRONMENT, Workplace, listens, ray_workers, wait_for
+from tests.conftest import ENVIRONMENT, HANG, Workplace, listens, ray_workers, wait_for
 from tests.head import Head
-from tests.service import served
+from tests.service import Service, served
 
 CONTROLLER = "ray::ServeController"
 """In the titles of Ray's processes."""
@@ -38,8 +41,24 @@ def test_a_service_is_its_command_s_and_what_was_killed_is_cleared_away(
     with served(tiny, "--replicas", "1", **head.joined) as second:
         assert len(second.images(num_inference_steps=2)) == 1
         assert not listens(first.port)
+        assert_it_ends_a_request_before_itself(second)
     assert not listens(second.port)
     wait_for(lambda: not ray_workers(head.pid, CONTROLLER), "Ray Serve to be gone")
+
+
+def assert_it_ends_a_request_before_itself(service: Service) -> None:
+    """By SIGTERM; by Ctrl-C the other services of the tests are ended."""
+    replies: list[tuple[int, Any]] = []
+    request = {"n": 8, "num_inference_steps": 150, "sampler": "ancestral"}
+    thread = threading.Thread(target=lambda: replies.append(service.post(request)))
+    thread.start()
+    wait_for(lambda: service.get("/v1/engine")["requests"], "the request", service.process)
+    service.process.send_signal(signal.SIGTERM)
+    thread.join()
+    ((status, reply),) = replies
+    assert status == 200, reply
+    assert len(reply["data"]) == 8
+    assert service.process.wait(timeout=HANG) == 0
 
 
 def test_what_others_serve_is_left_alone(tiny: Workplace, head: Head) -> None:
