@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from tasks.commands import comparison, configs, exchange, images, jobs, models, service, stages
+from tasks.commands import comparison, configs, exchange, images, jobs, models, new, service, stages
 from tasks.console import console, show_error
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 
 VERBS: dict[str, Callable[..., None]] = {
+    "new": new.new,
     "run": stages.run,
     "preprocess": stages.preprocess,
     "train": stages.train,

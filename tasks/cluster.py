@@ -1,6 +1,7 @@
 """Ray: join a cluster, or start one on this machine; and what a worker process finds there."""
 
 import contextlib
+import ctypes
 import logging
 import os
 import socket
@@ -26,6 +27,15 @@ ENVIRONMENT = {
 """Of the worker processes, where it does not say otherwise already."""
 MOST_ASKED, LONGEST_LOOK = 16, 60.0
 """Nodes that are asked whether they see a folder, and the seconds that they are given."""
+
+
+def keep_memory() -> None:
+    """Let this process handle its memory as ENVIRONMENT makes its workers do, where it is glibc."""
+    mmap_threshold, trim_threshold, most = -3, -1, 2**31 - 1
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, int(ENVIRONMENT["MALLOC_MMAP_THRESHOLD_"]))
+        mallopt(trim_threshold, most)
 
 
 def default_address(config: ClusterConfig) -> str | None:
@@ -63,7 +73,7 @@ def connect(
         if address is None:
             context = ray.init(
                 address="local",
-                num_cpus=max(_num_cores(), num_cpus) + 1,
+                num_cpus=max(num_cores(), num_cpus) + 1,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -137,7 +147,7 @@ def _not_there(marks: dict[str, str]) -> list[str]:
     return [place for place, mark in marks.items() if not os.path.exists(mark)]
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
@@ -198,7 +208,7 @@ def num_workers(config: ClusterConfig) -> int | tuple[int, int]:
         return config.workers
     least, most = config.workers
     if default_address(config) is None:
-        most = max(least, min(most, _num_cores() // config.cpus_per_worker))
+        most = max(least, min(most, num_cores() // config.cpus_per_worker))
     return least, most
 
 

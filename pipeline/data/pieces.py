@@ -169,11 +169,13 @@ def _uri(piece: Piece, folder: str) -> str:
     return storage.join(folder, f"{piece.digest}.items")
 
 
-def look(piece: Piece, keep_in: str | None = None) -> pa.Table:
+def look(piece: Piece, keep_in: str | None = None, hashed: bool = True) -> pa.Table:
     """ITEMS of the piece's files.
 
     Args:
         keep_in: URI of the folder in which `recall` will find them.
+        hashed: with a hash of each image; without, image files and archives of them are not read,
+            and what is wrong within an image is not found.
 
     Raises:
         DataError: a file is damaged or cannot be read.
@@ -184,11 +186,11 @@ def look(piece: Piece, keep_in: str | None = None) -> pa.Table:
         if module is loose and size > MAX_IMAGE_BYTES:
             rows.append((name, name, Member("", None, "", bad=TOO_LARGE)))
             continue
-        if module is loose and etag:  # the store has hashed it already
+        if module is loose and etag and hashed:  # the store has hashed it already
             rows.append((name, name, Member("", None, f"etag:{etag}")))
             continue
         try:
-            for member in module.index(piece.place, name):
+            for member in module.index(piece.place, name, hashed):
                 rows.append((_key(module, name, member), name, member))
         except DataError:
             raise
@@ -209,6 +211,7 @@ def look(piece: Piece, keep_in: str | None = None) -> pa.Table:
         ],
         schema=ITEMS,
     )
+    assert hashed or keep_in is None  # else `recall` would take them for what a scan found
     if keep_in is not None and piece.digest:
         _keep(items, piece, keep_in)
     return items

@@ -132,22 +132,30 @@ def scan(
     Raises:
         DataError: the source is missing, damaged or holds no image; or its labels do not fit.
     """
-    place, files = list_files(config.source)
-    pieces = pieces_of(place, files)
-    if not pieces:
-        raise DataError(
-            f"data.source={config.source!r} holds no image ({len(files)} files looked at; images "
-            f"end in {', '.join(IMAGE_SUFFIXES)}, archives and arrays in "
-            f"{', '.join(suffix for suffixes, _ in FORMATS for suffix in suffixes)})"
-        )
+    place, pieces = list_pieces(config.source)
     items = _items(pieces, index_folder, remember, progress, look_into)
-    if not items.num_rows:
-        raise DataError(f"data.source={config.source!r} holds no image: its files are empty")
-    items, class_names = _with_labels(config, items)
+    items, class_names = with_labels(config, items)
     kept, duplicates = _without_duplicates(items) if config.drop_duplicates else (items, [])
     return Source(
         config.source, place, class_names, kept, duplicates, _fingerprint(items, class_names)
     )
+
+
+def list_pieces(source: str) -> tuple[Place, list[Piece]]:
+    """The place of a source, and its files by what reads them together.
+
+    Raises:
+        DataError: the source is missing, or no file in it can hold images.
+    """
+    place, files = list_files(source)
+    pieces = pieces_of(place, files)
+    if not pieces:
+        raise DataError(
+            f"data.source={source!r} holds no image ({len(files)} files looked at; images "
+            f"end in {', '.join(IMAGE_SUFFIXES)}, archives and arrays in "
+            f"{', '.join(suffix for suffixes, _ in FORMATS for suffix in suffixes)})"
+        )
+    return place, pieces
 
 
 def _items(
@@ -190,8 +198,14 @@ def _items(
 # --- labels, duplicates, identity ---------------------------------------------------------------
 
 
-def _with_labels(config: DataConfig, items: pa.Table) -> tuple[pa.Table, list[str]]:
-    """The items with their final labels in `number`, and the names of the classes."""
+def with_labels(config: DataConfig, items: pa.Table) -> tuple[pa.Table, list[str]]:
+    """The items with their final labels in `number`, and the names of the classes.
+
+    Raises:
+        DataError: there is no item; or the labels do not fit.
+    """
+    if not items.num_rows:
+        raise DataError(f"data.source={config.source!r} holds no image: its files are empty")
     if config.labels is not None:
         given = read_labels(config.labels)
         found: list[Label | None] = [find_label(given, key) for key in values_of(items["key"])]

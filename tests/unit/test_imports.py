@@ -13,6 +13,7 @@ LEVELS = [
     {"samplers", "training"},
     {"evaluation", "registry", "serving"},
     {"config"},
+    {"proposal"},
 ]
 WITHIN_A_LEVEL = {
     ("storage", "errors"),

@@ -56,15 +56,15 @@ class Header:
         )
 
 
-def index(place: Place, name: str) -> Iterator[Member]:
+def index(place: Place, name: str, hashed: bool = True) -> Iterator[Member]:
     if _is_npz(name):
-        yield from _index_npz(place, name)
+        yield from _index_npz(place, name, hashed)
         return
     with place.explained(name), place.open(name) as file:
         header = _header(place, name, file)
         if not header.is_images():
             raise place.error(name, f"holds {header}: images are {RULE}")
-        for i, (digest, where) in enumerate(_images(place, name, file, header)):
+        for i, (digest, where) in enumerate(_images(place, name, file, header, hashed)):
             yield Member(f"{i:05d}", None, digest, where)
 
 
@@ -82,7 +82,7 @@ def _is_npz(name: str) -> bool:
     return name.lower().endswith(".npz")
 
 
-def _index_npz(place: Place, name: str) -> Iterator[Member]:
+def _index_npz(place: Place, name: str, hashed: bool) -> Iterator[Member]:
     with place.explained(name, *DAMAGE), opened(place, name) as (_, archive):
         headers = {}
         numbers = {}  # of the entries in the archive
@@ -102,7 +102,7 @@ def _index_npz(place: Place, name: str) -> Iterator[Member]:
             labels = _labels(place, name, archive, headers, array)
             with archive.open(f"{array}.npy") as file:
                 file.seek(headers[array].size)
-                found_images = _images(place, f"{name}/{array}.npy", file, headers[array])
+                found_images = _images(place, f"{name}/{array}.npy", file, headers[array], hashed)
                 for i, (digest, where) in enumerate(found_images):
                     label = next(labels) if labels else None
                     yield Member(f"{array}/{i:05d}", label, digest, (numbers[array], *where))
@@ -123,13 +123,14 @@ def _read_npz(place: Place, name: str, wheres: list[tuple[int, ...]]) -> Iterato
 
 
 def _images(
-    place: Place, name: str, file: IO[bytes], header: Header
+    place: Place, name: str, file: IO[bytes], header: Header, hashed: bool
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(digest, where) of each image; `file` stands behind the header."""
+    """(digest, where) of each image; `file` stands behind the header. All are read in either case:
+    what is truncated is to be found."""
     _, height, width, channels = (*header.shape, 1)[:4]
     size = height * width * channels
     for i, row in enumerate(rows(place, name, file, header.shape)):
-        yield sha256(row), (header.size + i * size, height, width, channels)
+        yield sha256(row) if hashed else "", (header.size + i * size, height, width, channels)
 
 
 def _labels(

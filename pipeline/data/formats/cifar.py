@@ -18,7 +18,7 @@ NAMES = ("batches.meta.txt", "fine_label_names.txt")
 CLASSES = {1: 10, 2: 100}
 
 
-def index(place: Place, name: str) -> Iterator[Member]:
+def index(place: Place, name: str, hashed: bool = True) -> Iterator[Member]:
     with place.explained(name), place.open(name) as file:
         size = file.seek(0, 2)
         file.seek(0)
@@ -34,7 +34,7 @@ def index(place: Place, name: str) -> Iterator[Member]:
             yield Member(
                 f"{i:05d}",
                 None if bad else class_names[label] if class_names else label,
-                sha256(_image(raw[num_labels:]).tobytes()),
+                sha256(_image(raw[num_labels:]).tobytes()) if hashed else "",
                 (i * row + num_labels,),
                 f"its label is {label}, of {CLASSES[num_labels]} classes" if bad else "",
             )

@@ -27,7 +27,7 @@ def stem(name: str) -> str:
     return match[1] if match else name
 
 
-def index(place: Place, name: str) -> Iterator[Member]:
+def index(place: Place, name: str, hashed: bool = True) -> Iterator[Member]:
     """The images, with the labels from the file that lies beside, if one does."""
     labels = next((other for other in beside(name) if place.exists(other)), None)
     with place.explained(name), place.open(name, "infer") as file:
@@ -37,9 +37,8 @@ def index(place: Place, name: str) -> Iterator[Member]:
         numbers = _labels(place, labels, name, shape[0]) if labels else None
         for i, pixels in enumerate(images):
             label = next(numbers) if numbers else None
-            yield Member(
-                f"{i:05d}", label, sha256(pixels), (begin + i * size, shape[1], shape[2], 1)
-            )
+            digest = sha256(pixels) if hashed else ""
+            yield Member(f"{i:05d}", label, digest, (begin + i * size, shape[1], shape[2], 1))
         if numbers:
             next(numbers, None)  # its file must end here as well
 

@@ -6,8 +6,11 @@ from pipeline.data.formats.common import UNREADABLE, Member, Place, why_unreadab
 from pipeline.storage import sha256
 
 
-def index(place: Place, name: str) -> Iterator[Member]:
+def index(place: Place, name: str, hashed: bool = True) -> Iterator[Member]:
     """One member without a name; the label, if it is the folder, is for the reader to see."""
+    if not hashed:
+        yield Member("", None, "")
+        return
     try:
         raw = place.read(name)
     except UNREADABLE as error:

@@ -38,13 +38,14 @@ DAMAGE = (pa.ArrowException, ValueError, LookupError)
 """What pyarrow raises on a file that is damaged; also an OSError without a number, see _opened."""
 
 
-def index(place: Place, name: str) -> Iterator[Member]:
+def index(place: Place, name: str, hashed: bool = True) -> Iterator[Member]:
     with _opened(place, name) as file:
         columns = _columns(place, name, file.schema_arrow)
         number = itertools.count()
         for group in range(file.num_row_groups):
-            for row, (image, label) in enumerate(_values(file, group, columns, True)):
-                yield _member(f"{next(number):05d}", image, label, (group, row), columns)
+            found = _values(file, group, columns, True) if hashed else _labels(file, group, columns)
+            for row, (image, label) in enumerate(found):
+                yield _member(f"{next(number):05d}", image, label, (group, row), columns, hashed)
 
 
 def read(place: Place, name: str, wheres: list[tuple[int, ...]]) -> Iterator[bytes | np.ndarray]:
@@ -109,14 +110,29 @@ def _values(
             yield value, None if label is None else label.as_py()
 
 
+def _labels(file: pq.ParquetFile, group: int, columns: _Columns) -> Iterator[tuple[bytes, Any]]:
+    """What `_values` gives, with nothing in place of the images, which are not read."""
+    if columns.label is None:
+        yield from itertools.repeat((b"", None), file.metadata.row_group(group).num_rows)
+        return
+    wanted = [columns.label]
+    for batch in file.iter_batches(row_groups=[group], columns=wanted, use_threads=False):
+        yield from ((b"", label) for label in batch.column(columns.label).to_pylist())
+
+
 def _member(
-    name: str, image: bytes | None, label: Any, where: tuple[int, ...], columns: _Columns
+    name: str,
+    image: bytes | None,
+    label: Any,
+    where: tuple[int, ...],
+    columns: _Columns,
+    hashed: bool,
 ) -> Member:
     if image is None:
         return Member(name, None, "", where, "it is null")
     if len(image) > MAX_IMAGE_BYTES:
         return Member(name, None, "", where, TOO_LARGE)
-    digest = sha256(image)
+    digest = sha256(image) if hashed else ""
     names = columns.class_names
     if label is None or label == NO_LABEL:
         return Member(name, None, digest, where)

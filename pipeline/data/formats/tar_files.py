@@ -46,7 +46,7 @@ DAMAGE = (tarfile.TarError, ValueError, LookupError, ArithmeticError, RecursionE
 """What tarfile raises on headers that are damaged."""
 
 
-def index(place: Place, name: str) -> Iterator[Member]:
+def index(place: Place, name: str, hashed: bool = True) -> Iterator[Member]:
     """The images, once the archive's end is reached: a label may stand behind its image."""
     images: list[Member] = []
     labels: dict[str, Label] = {}  # by the path of the label's file
@@ -55,11 +55,13 @@ def index(place: Place, name: str) -> Iterator[Member]:
     with place.explained(name), place.open(name, _compression(name)) as file:
         for info in _files(place, name, file):
             if isinstance(info, Member):
+                if images and not hashed and info.bad == TRUNCATED:  # within the image before
+                    images[-1] = replace(images[-1], bad=TRUNCATED)
                 images.append(info)
                 break
             path = PurePosixPath(info.name)
             if is_image(path):
-                images.append(_image(file, info, path, seen))
+                images.append(_image(file, info, path, seen, hashed))
                 if images[-1].bad == TRUNCATED:
                     break
             elif _kind(path) in LABEL_KINDS and info.size <= MAX_LABEL_BYTES:
@@ -93,7 +95,9 @@ def _compression(name: str) -> str | None:
     return "gzip" if name.lower().endswith((".gz", ".tgz")) else None
 
 
-def _image(file: IO[bytes], info: tarfile.TarInfo, path: PurePosixPath, seen: set[str]) -> Member:
+def _image(
+    file: IO[bytes], info: tarfile.TarInfo, path: PurePosixPath, seen: set[str], hashed: bool
+) -> Member:
     """An image, without its label."""
     twice = str(path) in seen
     seen.add(str(path))
@@ -104,6 +108,8 @@ def _image(file: IO[bytes], info: tarfile.TarInfo, path: PurePosixPath, seen: se
         TOO_LARGE: info.size > MAX_IMAGE_BYTES,
     }
     bad = next((reason for reason, holds in reasons.items() if holds), "")
+    if not hashed and not bad:
+        return Member(str(path), None, "", (info.offset_data, info.size))
     raw = None if bad else _content(file, info)
     if raw is None:
         return Member(str(path), None, "", bad=bad or TRUNCATED)

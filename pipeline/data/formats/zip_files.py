@@ -36,7 +36,7 @@ DAMAGE = (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error)
 """What zipfile raises on an archive that is damaged, or says that it is of a later version."""
 
 
-def index(place: Place, name: str) -> Iterator[Member]:
+def index(place: Place, name: str, hashed: bool = True) -> Iterator[Member]:
     with opened(place, name) as (file, archive):
         labels = _labels(place, name, file, archive)
         seen: set[str] = set()
@@ -51,7 +51,7 @@ def index(place: Place, name: str) -> Iterator[Member]:
             seen.add(str(path))
             try:
                 where = _where(file, info)
-                digest = sha256(_content(file, where, info.CRC))
+                digest = sha256(_content(file, where, info.CRC)) if hashed else ""
             except ValueError as reason:
                 yield Member(str(path), label, "", bad=str(reason))
             else:
