@@ -3,9 +3,9 @@
 import itertools
 import math
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -68,21 +68,16 @@ def seconds_per_step(
         peak = measured_peak(device, HALF.get(training.precision, torch.float32))
         if flops > limit * BEST_UTILISATION * peak:
             return math.inf
-        found = list[float]()
         count = 1 if device.type == "cuda" else workers
         of_worker = training.model_copy(update={"batch_size": rows})
-        workers_here = [
-            threading.Thread(
-                target=lambda: found.append(_measure(fitted, of_worker, threads, device, limit)),
-                daemon=True,
-            )
-            for _ in range(count)
-        ]
-        for worker in workers_here:
-            worker.start()
-        for worker in workers_here:
-            worker.join()
-        return max(found) if len(found) == count else math.inf  # one was out of memory
+        with ThreadPoolExecutor(count) as pool:
+            found = [
+                pool.submit(_measure, fitted, of_worker, threads, device, limit)
+                for _ in range(count)
+            ]
+            return max(of.result() for of in found)
+    except torch.OutOfMemoryError:
+        return math.inf
     finally:
         torch.set_num_threads(before)
 

@@ -78,7 +78,7 @@ def test_usage_errors_have_code_2(place: Workplace, arguments: list[str]) -> Non
 
 def test_help_names_every_verb(place: Workplace) -> None:
     output = place.quick("--help")
-    verbs = "run preprocess train evaluate register status explain config "
+    verbs = "new run preprocess train evaluate register status explain config "
     verbs += "schedule sample reproduce compare serve promote rollback history lineage "
     verbs += "export import submit jobs logs cancel"
     for verb in verbs.split():
