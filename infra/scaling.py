@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import load_config
-from pipeline.networks.choice import PRESETS
+from pipeline.networks.config import PRESETS
 from pipeline.samplers.model import ModelSpec
 from pipeline.training.watch import training_flops
 

@@ -13,18 +13,15 @@ from typing import Any, ClassVar, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from pipeline.data.sources import DataConfig
-from pipeline.diffusion.schedules import DiffusionConfig
+from pipeline.data.config import DataConfig
+from pipeline.diffusion.config import DiffusionConfig
 from pipeline.errors import ConfigError, RequestError
-from pipeline.evaluation.metrics import EvaluationConfig
-from pipeline.networks.choice import NetworkConfig
-from pipeline.registry.models import RegistryConfig
-from pipeline.registry.runs import TrackingConfig
-from pipeline.samplers.model import check_sampling
-from pipeline.samplers.plan import SamplingConfig
-from pipeline.serving.api import ServingConfig
-from pipeline.training.config import TrainingConfig, check_objective
-from pipeline.training.ema import sigma_rel_to_gamma
+from pipeline.evaluation.config import EvaluationConfig
+from pipeline.networks.config import NetworkConfig
+from pipeline.registry.config import RegistryConfig, TrackingConfig
+from pipeline.samplers.config import SamplingConfig, check_sampling
+from pipeline.serving.config import ServingConfig
+from pipeline.training.config import TrainingConfig, check_objective, sigma_rel_to_gamma
 
 
 class ClusterConfig(BaseModel, frozen=True, extra="forbid", strict=True):

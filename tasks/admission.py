@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-from pipeline.serving.api import ServingConfig
+from pipeline.serving.config import ServingConfig
 from tasks.generations import Asked, Generation, Generations
 from tasks.replies import TooMuch
 

@@ -13,8 +13,9 @@ from ray.exceptions import ObjectLostError, RayActorError
 from pipeline.data.images import png
 from pipeline.registry.models import ModelReference
 from pipeline.samplers.model import ModelSpec
-from pipeline.serving.api import GenerationRequest, ServingConfig, rows_of, usage_of
-from pipeline.serving.engine import Caller, ImageRequest, Mode
+from pipeline.serving.api import GenerationRequest, rows_of, usage_of
+from pipeline.serving.config import Mode, ServingConfig
+from pipeline.serving.engine import Caller, ImageRequest
 from pipeline.serving.recipe import Recipe, encode
 from tasks.generations import EVENT_BYTES, Generation
 from tasks.metrics import IngressMetrics

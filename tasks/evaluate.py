@@ -35,8 +35,8 @@ from pipeline.evaluation.real_images import (
     read_train,
     write_tensors,
 )
+from pipeline.samplers.config import SamplingConfig
 from pipeline.samplers.model import ModelSpec
-from pipeline.samplers.plan import SamplingConfig
 from pipeline.seeding import key
 from pipeline.serving.engine import ImageRequest
 from tasks import averages, in_flight

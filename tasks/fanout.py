@@ -11,7 +11,8 @@ import ray
 from pipeline.registry.models import load_model
 from pipeline.samplers.model import Model
 from pipeline.serving import offline
-from pipeline.serving.engine import ImageRequest, Mode
+from pipeline.serving.config import Mode
+from pipeline.serving.engine import ImageRequest
 from pipeline.serving.offline import Drawn
 from tasks import in_flight
 from tasks.cluster import worker_device

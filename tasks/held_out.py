@@ -6,10 +6,10 @@ import ray
 from pipeline import storage
 from pipeline.data.parts import choose, images_at
 from pipeline.diffusion.elbo import Elbo
+from pipeline.evaluation.config import Trace
 from pipeline.evaluation.figures import Figures
 from pipeline.evaluation.likelihood import (
     OdeBits,
-    Trace,
     choose_chunks,
     elbo_of,
     ode_bits_of,

@@ -17,13 +17,9 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from pipeline.errors import ModelNotFound, PipelineError
 from pipeline.registry.models import ModelReference, resolve
-from pipeline.samplers.plan import OFFLINE, SamplerName
-from pipeline.serving.api import (
-    ServingConfig,
-    error_body,
-    image_requests,
-    parse_request,
-)
+from pipeline.samplers.config import OFFLINE, SamplerName
+from pipeline.serving.api import error_body, image_requests, parse_request
+from pipeline.serving.config import ServingConfig
 from pipeline.serving.contract import (
     AliveReply,
     CancelReply,

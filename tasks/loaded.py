@@ -9,8 +9,8 @@ import torch
 
 from pipeline.registry.models import ModelReference
 from pipeline.samplers.model import Model
-from pipeline.serving.api import ServingConfig
-from pipeline.serving.engine import Engine, Mode
+from pipeline.serving.config import Mode, ServingConfig
+from pipeline.serving.engine import Engine
 
 
 class Loaded:

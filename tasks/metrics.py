@@ -9,7 +9,8 @@ from collections import deque
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from pipeline.serving.engine import Engine, Mode
+from pipeline.serving.config import Mode
+from pipeline.serving.engine import Engine
 
 STEP_BOUNDARIES = [0.001 * 2**i for i in range(14)]  # 1 ms to 8 s
 REQUEST_BOUNDARIES = [0.01 * 2**i for i in range(17)]  # 10 ms to 11 min

@@ -18,12 +18,13 @@ import ray
 
 from pipeline import storage
 from pipeline.data import shard_list
+from pipeline.data.config import DataConfig
 from pipeline.data.input_shards import InputShard, cut
 from pipeline.data.parts import Parts
 from pipeline.data.pieces import Piece, look
 from pipeline.data.preprocess import preprocess_shard, record_uri, shard_digest
 from pipeline.data.shards import part_path
-from pipeline.data.sources import DataConfig, Source
+from pipeline.data.sources import Source
 from pipeline.data.summary import (
     CONTACT_SHEET,
     Tally,

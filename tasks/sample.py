@@ -11,7 +11,8 @@ from pipeline import storage
 from pipeline.data.images import grid
 from pipeline.registry.models import ModelReference, load_model, read_reference
 from pipeline.seeding import key
-from pipeline.serving.engine import ImageRequest, Mode
+from pipeline.serving.config import Mode
+from pipeline.serving.engine import ImageRequest
 from pipeline.serving.offline import draw
 from pipeline.serving.recipe import Recipe, encode, fingerprint
 from pipeline.storage import FileEntry

@@ -22,8 +22,8 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, Reque
 from pipeline.data.images import to_uint8
 from pipeline.registry.models import ModelReference, load_model
 from pipeline.samplers.model import make_plan
-from pipeline.serving.api import ServingConfig
-from pipeline.serving.engine import Caller, Frame, ImageRequest, Mode
+from pipeline.serving.config import Mode, ServingConfig
+from pipeline.serving.engine import Caller, Frame, ImageRequest
 from pipeline.serving.engine_thread import EngineThread, StepFailed
 from pipeline.serving.recipe import fingerprint
 from tasks.autoscaling import SECONDS_OF_WORK

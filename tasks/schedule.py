@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.config import DiffusionConfig
 from pipeline.diffusion.gaussian import posterior_coefficients
-from pipeline.diffusion.schedules import DiffusionConfig, Schedule, make_schedule
+from pipeline.diffusion.schedules import Schedule, make_schedule
 from pipeline.errors import ConfigError, RequestError
 from pipeline.samplers import langevin
-from pipeline.samplers.model import SOLVERS, check_sampling, compile_plan
-from pipeline.samplers.plan import GUIDANCE, Plan, SamplingConfig, Spacing, T
+from pipeline.samplers.config import SamplingConfig, Spacing, check_sampling
+from pipeline.samplers.model import SOLVERS, compile_plan
+from pipeline.samplers.plan import GUIDANCE, Plan, T
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

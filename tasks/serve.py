@@ -17,7 +17,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions
 
 from pipeline.errors import ClusterError
 from pipeline.registry.models import ModelReference
-from pipeline.serving.api import ServingConfig
+from pipeline.serving.config import ServingConfig
 from tasks import cluster
 from tasks.autoscaling import by_work
 from tasks.ingress import Ingress

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
 from pipeline.config import RunConfig
+from pipeline.data.config import SCANNED, DataConfig
 from pipeline.data.preprocess import SHARD_SET_FORMAT
-from pipeline.data.sources import SCANNED, DataConfig, scan
+from pipeline.data.sources import scan
 from tasks.stage import External, Look, Stage, at
 
 if TYPE_CHECKING:

@@ -26,9 +26,10 @@ from pipeline.networks.backbone import set_checkpointing
 from pipeline.samplers.model import ModelSpec
 from pipeline.seeding import key
 from pipeline.training import checkpoint, parallel, posthoc
-from pipeline.training.config import HALF, TrainingConfig
+from pipeline.training.config import TrainingConfig
 from pipeline.training.inputs import step_inputs
 from pipeline.training.loop import StepRecord, TrainState, make_state, train
+from pipeline.training.precision import HALF
 from pipeline.training.watch import Watch, measured_peak, training_flops
 
 NAMED_IMAGES = 3

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 
 from pipeline.registry.models import load_model, resolve
-from pipeline.samplers.plan import SamplingConfig
+from pipeline.samplers.config import SamplingConfig
 from pipeline.serving.engine import ImageRequest
 from pipeline.serving.offline import draw
 from pipeline.serving.recipe import decode

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from pipeline import storage
+from pipeline.data.config import NOT_IN_PARTS, DataConfig
 from pipeline.data.images import BadImage, decode
 from pipeline.data.input_shards import InputShard, read
 from pipeline.data.shards import SPLITS, encode_part, part_path, split_of
-from pipeline.data.sources import NOT_IN_PARTS, DataConfig
 
 SHARD_SET_FORMAT = 5
 """Raised when the same source gives other parts, or another list of them."""

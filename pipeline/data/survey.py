@@ -17,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.bucket_errors import told
+from pipeline.data.config import DataConfig
 from pipeline.data.formats import loose
 from pipeline.data.formats.common import Place
 from pipeline.data.images import BadImage, decode
 from pipeline.data.pieces import Piece, format_of, look
 from pipeline.data.shards import split_of
-from pipeline.data.sources import DataConfig, list_pieces, with_labels
+from pipeline.data.sources import list_pieces, with_labels
 from pipeline.errors import DataError
 from pipeline.seeding import key, permutation
 

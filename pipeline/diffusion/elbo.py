@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.config import Variance
 from pipeline.diffusion.gaussian import like, posterior_coefficients, q_sample
-from pipeline.diffusion.schedules import Schedule, Variance
+from pipeline.diffusion.schedules import Schedule
 
 HALF_BIN = 1 / 255
 """Half the width of one of the 256 values in [-1, 1]."""

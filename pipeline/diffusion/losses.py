@@ -1,17 +1,15 @@
 """Training losses on the network's own output, and how much each noise level counts."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.config import LossWeight, Prediction
 from pipeline.diffusion.elbo import log_variances
 from pipeline.diffusion.gaussian import posterior_coefficients
 from pipeline.diffusion.parameterisation import x_0_coefficients
-from pipeline.diffusion.schedules import Prediction, Schedule
-
-LossWeight = Literal["uniform", "snr", "min_snr", "p2", "edm", "sigmoid", "likelihood"]
+from pipeline.diffusion.schedules import Schedule
 
 MAX_LOG_SNR = 30.0
 """|λ| beyond this counts as this: the weights have reached their limits, 0·∞ has not."""

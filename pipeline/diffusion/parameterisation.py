@@ -18,8 +18,8 @@ samplers clip x̂_0.
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.config import DiffusionConfig, Prediction
 from pipeline.diffusion.gaussian import like, one_by_one
-from pipeline.diffusion.schedules import DiffusionConfig, Prediction
 
 
 def edm_coefficients(alpha_bar: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:

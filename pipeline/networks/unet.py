@@ -9,88 +9,15 @@ Shapes: B batch, C channels, H×W pixels, E embedding.
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.networks.backbone import Backbone, Block
+from pipeline.networks.config import UNetConfig
 from pipeline.networks.dropout import AddressedDropout, number_layers
 from pipeline.networks.embedding import sinusoidal_embedding
-
-
-class UNetConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """The shape of the U-Net."""
-
-    kind: Literal["unet"] = "unet"
-    base_channels: int = Field(ge=4, multiple_of=4)
-    channel_multipliers: list[int] = Field(min_length=1)
-    """Channels of each level, in base_channels; the resolution halves from level to level."""
-    blocks_per_level: int = Field(default=2, ge=1)
-    attention_at: list[int] = []
-    """Resolutions (in pixels) at which the blocks are followed by self-attention."""
-    head_channels: int | None = Field(default=None, ge=1)
-    """Of an attention head. By default there is one head of all channels, as in Ho et al. 2020: it
-    keeps the kernels of a CPU busy. ADM has 64."""
-    conditioning: Literal["scale_shift", "add"] = "scale_shift"
-    """How timestep and class reach a block: as scale and shift of what its second GroupNorm gives
-    (ADM, section 3.1, "adaptive group normalization"), or added before it (Ho et al. 2020)."""
-    resample: Literal["conv", "block"] = "conv"
-    """What halves and doubles the resolution between levels: a convolution, or a residual block
-    (ADM, section 3, after BigGAN)."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of a block's activations, before its second convolution, dropped in training."""
-    norm_groups: int | None = Field(default=None, ge=1)
-    """Of every GroupNorm. By default at most 32 of at least 4 channels, as each layer has room."""
-    norm_eps: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
-    """What a GroupNorm adds to a variance; 1e-6 in Ho et al. 2020."""
-    halving_padding: Literal["around", "after"] = "around"
-    """Where a convolution that halves the resolution sees zeros: all around the image, or only
-    right of it and below (Ho et al. 2020)."""
-    sines_first: bool = False
-    """Order of the sines and cosines that tell the timestep; in Ho et al. 2020 sines come first."""
-    frequency_shift: Literal[0, 1] = 0
-    """With 1, as in Ho et al. 2020, the lowest frequency of the timestep is 1/10,000 itself."""
-
-    @model_validator(mode="after")
-    def _multipliers_are_positive(self) -> "UNetConfig":
-        if min(self.channel_multipliers) < 1:
-            raise ValueError(
-                f"channel_multipliers={self.channel_multipliers} must be 1 or more each"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _groups_divide_every_width(self) -> "UNetConfig":
-        if self.base_channels % (self.norm_groups or 1):
-            raise ValueError(
-                f"norm_groups={self.norm_groups} must divide base_channels={self.base_channels}"
-            )
-        return self
-
-    def check_image_size(self, image_size: int) -> None:
-        """Raise ValueError unless the levels divide `image_size` and attention has its level."""
-        levels = len(self.channel_multipliers)
-        if image_size % 2 ** (levels - 1):
-            raise ValueError(
-                f"channel_multipliers has {levels} levels, which halve the image {levels - 1} "
-                f"times, but data.image_size={image_size} is not a multiple of {2 ** (levels - 1)}"
-            )
-        resolutions = [image_size >> level for level in range(levels)]
-        if strange := [r for r in self.attention_at if r not in resolutions]:
-            raise ValueError(
-                f"attention_at={strange} is not among the resolutions of the levels, {resolutions}"
-            )
-        attending = [r in self.attention_at for r in resolutions[:-1]] + [True]  # and the middle
-        widths = [self.base_channels * multiplier for multiplier in self.channel_multipliers]
-        for width, attends in zip(widths, attending, strict=True):
-            if attends and width % (self.head_channels or width):
-                raise ValueError(
-                    f"network.head_channels={self.head_channels} does not divide the {width} "
-                    "channels of a level with attention"
-                )
 
 
 def group_norm(channels: int, config: UNetConfig) -> nn.GroupNorm:

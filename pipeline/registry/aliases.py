@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import ModelNotFound, UserError
-from pipeline.registry.gate import Champion, Decision, Figures, Rule, judge
+from pipeline.registry.config import Rule
+from pipeline.registry.gate import Champion, Decision, Figures, judge
 from pipeline.registry.models import (
     FIGURES_TAG,
     ModelReference,

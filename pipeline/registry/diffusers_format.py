@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.errors import ConfigError, DataError, RequestError, StorageError
-from pipeline.networks.unet import UNetConfig
+from pipeline.networks.config import UNetConfig
 from pipeline.registry.diffusers_keys import (
     VERSION,
     DDIMScheduler,

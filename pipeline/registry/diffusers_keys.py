@@ -11,16 +11,10 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import nn
 
-from pipeline.diffusion.schedules import (
-    BETA_ENDS,
-    DiffusionConfig,
-    Prediction,
-    ScheduleName,
-    Variance,
-    make_schedule,
-)
+from pipeline.diffusion.config import BETA_ENDS, DiffusionConfig, Prediction, ScheduleName, Variance
+from pipeline.diffusion.schedules import make_schedule
 from pipeline.errors import ConfigError
-from pipeline.networks.unet import UNetConfig
+from pipeline.networks.config import UNetConfig
 from pipeline.samplers.model import ModelSpec
 
 VERSION = "0.42.0"

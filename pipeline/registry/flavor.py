@@ -13,8 +13,8 @@ from pydantic import Field, ValidationError
 
 from pipeline.errors import RequestError
 from pipeline.registry.models import load_model
+from pipeline.samplers.config import SamplingConfig, SolverSettings
 from pipeline.samplers.model import Model, ModelSpec
-from pipeline.samplers.plan import SamplingConfig, SolverSettings
 from pipeline.serving.engine import ImageRequest
 from pipeline.serving.offline import draw
 

@@ -14,33 +14,11 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
-from pydantic import BaseModel, Field, model_validator
+from pipeline.registry.config import Rule
 
 Figures = Mapping[str, Mapping[str, Any]]
-
-
-class Rule(BaseModel, frozen=True, extra="forbid", strict=True):
-    """What a figure must be, for the alias to move."""
-
-    at_least: float | None = Field(default=None, allow_inf_nan=False)
-    at_most: float | None = Field(default=None, allow_inf_nan=False)
-    better_than_champion: bool = False
-    """By more than the 95 % interval of the difference; true of any figure if there is no champion
-    yet. The champion is the version that the alias points at."""
-
-    @model_validator(mode="after")
-    def _states_something(self) -> Self:
-        if self.at_least is None and self.at_most is None and not self.better_than_champion:
-            raise ValueError(
-                "this rule states nothing: give at_least, at_most or better_than_champion: true"
-            )
-        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
-            raise ValueError(
-                f"no figure is at_least {self.at_least} and at_most {self.at_most}: exchange them"
-            )
-        return self
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field, field_validator
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -26,7 +25,6 @@ from pipeline.registry.folder import (
     read_description,
     read_folder,
 )
-from pipeline.registry.gate import Rule
 from pipeline.registry.runs import TrackedRun, explained, first_line, log_artifact, make_client
 from pipeline.registry.turns import SQLITE, model_turn
 from pipeline.samplers.model import Model, ModelSpec, build_model
@@ -45,22 +43,6 @@ FIGURES_TAG = "ddpm.figures"
 ARTIFACT_FOLDER = "model"
 REFERENCE_JSON = "registered.json"
 """Of the stage `register`: name, version, digest and registry of the model."""
-
-
-class RegistryConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """How a trained model is registered."""
-
-    alias: str = Field(default="champion", pattern=r"^[A-Za-z0-9_-]+$")
-    """The alias that the new version takes over, if the rules hold."""
-    promote_if: dict[str, Rule] = {}
-    """Rules by the name of the figure; none: always."""
-
-    @field_validator("alias")
-    @classmethod
-    def _mlflow_keeps_some_names(cls, alias: str) -> str:
-        if re.fullmatch(r"latest|v?\d+", alias, re.IGNORECASE):
-            raise ValueError(f"{alias!r} reads as a version: choose a word such as champion")
-        return alias
 
 
 @dataclass(frozen=True)

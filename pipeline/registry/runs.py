@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from PIL import Image
-from pydantic import BaseModel
 
 from pipeline import storage
 from pipeline.errors import StorageError
@@ -27,13 +26,6 @@ if TYPE_CHECKING:  # importing mlflow takes seconds, which `ddpm config` need no
     from mlflow.tracking import MlflowClient
 
 TRAIN_ID = "ddpm.train_id"
-
-
-class TrackingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """Where runs and models are recorded."""
-
-    uri: str | None = None
-    """MLflow tracking URI; by default MLFLOW_TRACKING_URI, or sqlite:///mlflow.db."""
 
 
 @contextlib.contextmanager

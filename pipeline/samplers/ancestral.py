@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.config import Variance
 from pipeline.diffusion.gaussian import posterior_coefficients
-from pipeline.diffusion.schedules import Schedule, Variance
+from pipeline.diffusion.schedules import Schedule
 from pipeline.samplers.plan import LOG_RANGE, X_0, Plan, X, Z, make_row
 
 

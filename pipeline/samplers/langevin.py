@@ -26,11 +26,11 @@ from torch import Tensor
 
 from pipeline.diffusion.gaussian import like
 from pipeline.diffusion.schedules import Schedule
+from pipeline.samplers.config import SamplingConfig
 from pipeline.samplers.plan import (
     ALPHA_BAR,
     GUIDANCE,
     Plan,
-    SamplingConfig,
     T,
     X,
     advance,

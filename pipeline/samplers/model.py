@@ -8,20 +8,22 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from pipeline.diffusion.config import DiffusionConfig, Variance
 from pipeline.diffusion.elbo import mean_and_fraction
 from pipeline.diffusion.parameterisation import network_input, x_0_from
-from pipeline.diffusion.schedules import DiffusionConfig, Schedule, Variance, make_schedule
-from pipeline.errors import RequestError, shown
-from pipeline.networks.choice import NetworkConfig, make_backbone
+from pipeline.diffusion.schedules import Schedule, make_schedule
+from pipeline.networks.choice import make_backbone
+from pipeline.networks.config import NetworkConfig
 from pipeline.networks.monotone import ScheduledNetwork
 from pipeline.samplers.ancestral import ancestral
+from pipeline.samplers.config import DEFAULT_STEPS, SamplingConfig
 from pipeline.samplers.ddim import ddim
 from pipeline.samplers.deis import deis
 from pipeline.samplers.dpm_solver import dpm_solver
 from pipeline.samplers.euler import euler
 from pipeline.samplers.euler_maruyama import euler_maruyama
 from pipeline.samplers.heun import heun
-from pipeline.samplers.plan import DEFAULT_STEPS, Plan, SamplingConfig, with_settings
+from pipeline.samplers.plan import Plan, with_settings
 from pipeline.samplers.pndm import pndm
 from pipeline.samplers.spacing import make_times, start_above
 from pipeline.samplers.unipc import unipc
@@ -123,30 +125,6 @@ def build_model(spec: ModelSpec, weights: dict[str, Tensor], digest: str) -> Mod
         log_snr = network.log_snr(spec.diffusion.timesteps)
     schedule = make_schedule(spec.diffusion, log_snr)
     return Model(spec, network.eval().requires_grad_(False), schedule, digest)
-
-
-def check_sampling(diffusion: DiffusionConfig, sampling: SamplingConfig) -> None:
-    """Raise RequestError, with `param` set, where a sampler cannot follow a schedule."""
-    if sampling.steps > diffusion.timesteps:
-        raise RequestError(
-            f"steps={shown(sampling.steps)} must be from 1 to the model's {diffusion.timesteps} "
-            "timesteps",
-            "steps",
-        )
-    if not diffusion.zero_terminal_snr:
-        return
-    if sampling.spacing in ("karras", "log_snr"):
-        raise RequestError(
-            f"spacing={sampling.spacing} cannot start at the signal-to-noise ratio of 0 that the "
-            "model's zero_terminal_snr means: use trailing or linspace",
-            "spacing",
-        )
-    if sampling.sampler in ("pndm", "euler_maruyama", "ode"):
-        raise RequestError(
-            f"sampler={sampling.sampler} cannot start at the signal-to-noise ratio of 0 that the "
-            "model's zero_terminal_snr means: use another, such as ddim or dpm_solver_pp",
-            "sampler",
-        )
 
 
 def make_plan(model: Model, sampling: SamplingConfig) -> Plan:

@@ -23,13 +23,12 @@ loop around it, for one plan and a whole batch.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, Field, FiniteFloat, model_validator
 from torch import Tensor
 
 from pipeline.diffusion.gaussian import like
+from pipeline.samplers.config import SamplingConfig
 
 X, ANCHOR, H1, H2, H3 = SLOTS = range(5)
 X_0, Z = 5, 6
@@ -45,133 +44,6 @@ variance may exceed the β̃ of the matrix; 0 if the variance is not learned.
 """
 MATRIX = slice(7, 7 + len(SLOTS) * NUM_SOURCES)
 NUM_COLUMNS = MATRIX.stop
-
-DEFAULT_STEPS = 50
-
-SamplerName = Literal[
-    "ancestral",
-    "ddim",
-    "euler",
-    "heun",
-    "dpm_solver",
-    "dpm_solver_pp",
-    "pndm",
-    "unipc",
-    "deis",
-    "euler_maruyama",
-    "langevin",
-    "ode",
-]
-Spacing = Literal["trailing", "leading", "linspace", "karras", "log_snr"]
-
-OFFLINE = ("langevin", "ode")
-"""Their steps depend on the data: they are no plans, and run one request at a time."""
-
-OWNERS = {
-    "eta": ("ddim",),
-    "order": ("dpm_solver", "dpm_solver_pp", "unipc", "deis"),
-    "singlestep": ("dpm_solver", "dpm_solver_pp"),
-    "stochastic": ("dpm_solver_pp",),
-    "churn": ("euler", "heun"),
-    "churn_min": ("euler", "heun"),
-    "churn_max": ("euler", "heun"),
-    "churn_noise": ("euler", "heun"),
-    "corrector_steps": ("langevin",),
-    "corrector_snr": ("langevin",),
-    "predictor": ("langevin",),
-    "rtol": ("ode",),
-    "atol": ("ode",),
-}
-"""Settings that only some samplers have."""
-
-
-class SolverSettings(BaseModel, frozen=True, extra="forbid", strict=True):
-    """How images are drawn, but for the steps and the guidance, which have other names in HTTP."""
-
-    sampler: SamplerName = "ddim"
-    spacing: Spacing = "trailing"
-    """Where the noise levels lie: see pipeline/samplers/spacing.py."""
-    guidance_rescale: float = Field(default=0.0, ge=0.0, le=1.0)
-    """φ: how far the guided output gets back the standard deviation of the conditional one."""
-    guidance_interval: Annotated[tuple[FiniteFloat, FiniteFloat], Field(strict=False)] | None = None
-    """[σ_low, σ_high]: guide only at noise levels σ = √((1-ᾱ)/ᾱ) within it."""
-    clip_x_0: bool = True
-    """Clip x̂_0 to the data range [-1, 1] at every step."""
-    threshold_quantile: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Dynamic thresholding: clip to this quantile of |x̂_0| where it is above 1, divide by it."""
-    eta: float = Field(default=0.0, ge=0.0, le=1.0)
-    """DDIM's η: 0 is deterministic, 1 is ancestral with σ² = β̃."""
-    order: int = Field(default=2, ge=1, le=3)
-    """Of dpm_solver, dpm_solver_pp, unipc and deis."""
-    singlestep: bool = False
-    """Reach the order by evaluations between the noise levels, not by those before."""
-    stochastic: bool = False
-    """DPM-Solver++ for the SDE: fresh noise at every step."""
-    churn: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
-    churn_min: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
-    churn_max: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
-    churn_noise: float = Field(default=1.0, gt=0.0, le=10.0)
-    """S_churn, S_tmin, S_tmax (none: no bound) and S_noise of Karras et al. 2022, Algorithm 2."""
-    corrector_steps: int = Field(default=1, ge=0, le=100)
-    corrector_snr: float = Field(default=0.16, gt=0.0, le=1.0)
-    """Langevin steps at each noise level, and their signal-to-noise ratio r."""
-    predictor: Literal["ancestral", "none"] = "ancestral"
-    """none: annealed Langevin dynamics, correctors alone."""
-    rtol: float = Field(default=1e-5, ge=1e-10, le=1e-1)
-    atol: float = Field(default=1e-5, ge=1e-10, le=1e-1)
-    """Tolerances of the adaptive ODE solver."""
-
-    @model_validator(mode="after")
-    def _settings_belong_to_the_sampler(self) -> Self:
-        for name, owners in OWNERS.items():
-            value = getattr(self, name)
-            if value != SolverSettings.model_fields[name].default and self.sampler not in owners:
-                raise ValueError(
-                    f"{name}={value} has no meaning for sampler={self.sampler}: drop it, or use "
-                    f"{' or '.join(owners)}"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _settings_fit_each_other(self) -> Self:
-        if self.guidance_interval is not None:
-            low, high = self.guidance_interval
-            if not 0 <= low < high:
-                raise ValueError(
-                    f"guidance_interval=[{low}, {high}] must be [low, high] with 0 <= low < high"
-                )
-        if self.threshold_quantile is not None and not self.clip_x_0:
-            raise ValueError(
-                f"threshold_quantile={self.threshold_quantile} thresholds x̂_0, clip_x_0=false "
-                "says not to: drop one of them"
-            )
-        if self.churn_max is not None and self.churn_min > self.churn_max:
-            raise ValueError(
-                f"churn_min={self.churn_min} must be at most churn_max={self.churn_max}"
-            )
-        if self.stochastic and (self.order == 3 or self.singlestep):
-            raise ValueError("stochastic is for multistep orders 1 and 2: drop it, or use order=2")
-        if self.sampler == "langevin" and self.predictor == "none" and not self.corrector_steps:
-            raise ValueError("corrector_steps=0 with predictor=none moves nothing: use 1 or more")
-        return self
-
-
-class SamplingConfig(SolverSettings, frozen=True, extra="forbid", strict=True):
-    """How images are drawn."""
-
-    steps: int = Field(default=DEFAULT_STEPS, ge=1)
-    """Noise levels visited, at most the schedule's timesteps. Most samplers evaluate the network
-    once at each; heun and single-step solvers more often, pndm once more in all."""
-    guidance: float = Field(default=0.0, ge=0.0, le=50.0, allow_inf_nan=False)
-    """w of classifier-free guidance, ε = (1+w) ε(c) - w ε(∅); 0 is the plain conditional model."""
-
-    @model_validator(mode="after")
-    def _guidance_is_there_to_be_shaped(self) -> Self:
-        if not self.guidance:
-            for name in ("guidance_rescale", "guidance_interval"):
-                if value := getattr(self, name):
-                    raise ValueError(f"{name}={value} needs guidance above 0: drop it")
-        return self
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 from pipeline.diffusion.gaussian import one_by_one
 from pipeline.diffusion.ode import Solution, flow, integrate
 from pipeline.diffusion.schedules import Schedule
-from pipeline.samplers.plan import Plan, SamplingConfig, make_row, threshold, with_settings
+from pipeline.samplers.config import SamplingConfig
+from pipeline.samplers.plan import Plan, make_row, threshold, with_settings
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """(x_t (B, ...), a plan's row of each (B, NUM_COLUMNS)) -> x̂_0 (B, ...) before its threshold, and

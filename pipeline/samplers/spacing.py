@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.diffusion.schedules import Schedule
-from pipeline.samplers.plan import Spacing
+from pipeline.samplers.config import Spacing
 
 RHO = 7.0
 """ρ of Karras et al. 2022, Eq. 5."""

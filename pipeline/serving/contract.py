@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from pipeline.serving.engine import Mode
+from pipeline.serving.config import Mode
 from pipeline.serving.recipe import Recipe
 
 

@@ -15,7 +15,7 @@ import contextlib
 import time
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,15 +25,14 @@ from torch.nn import functional as F
 from pipeline.data.images import to_uint8
 from pipeline.diffusion.guidance import guided, rescaled
 from pipeline.errors import RequestError, shown
-from pipeline.samplers.model import Model, ModelSpec, check_sampling, make_plan
+from pipeline.samplers.config import OFFLINE, SamplingConfig, check_sampling
+from pipeline.samplers.model import Model, ModelSpec, make_plan
 from pipeline.samplers.plan import (
     ALPHA_BAR,
     GUIDANCE,
     NUM_COLUMNS,
-    OFFLINE,
     RESCALE,
     SLOTS,
-    SamplingConfig,
     T,
     X,
     advance,
@@ -44,13 +43,9 @@ from pipeline.samplers.plan import (
 )
 from pipeline.seeding import key, normal
 from pipeline.serving import turns
-
-EXACT_ROWS = 16
-"""Rows of a network call: where the throughput of small U-Nets on CPU cores has its knee."""
+from pipeline.serving.config import EXACT_ROWS, Mode
 
 NO_PLAN = np.empty((0, NUM_COLUMNS))
-
-Mode = Literal["exact", "fast"]
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from pipeline.data.images import to_uint8
+from pipeline.samplers.config import OFFLINE, SamplingConfig
 from pipeline.samplers.langevin import count_evaluations, langevin
 from pipeline.samplers.model import Model, make_plan
-from pipeline.samplers.plan import GUIDANCE, OFFLINE, SamplingConfig
+from pipeline.samplers.plan import GUIDANCE
 from pipeline.samplers.probability_flow import probability_flow
 from pipeline.seeding import key, normal
-from pipeline.serving.engine import EXACT_ROWS, Engine, ImageRequest, Mode, check_request
+from pipeline.serving.config import EXACT_ROWS, Mode
+from pipeline.serving.engine import Engine, ImageRequest, check_request
 
 
 class Drawn(NamedTuple):

@@ -12,8 +12,9 @@ from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.data.images import png, to_pil
 from pipeline.errors import DataError
-from pipeline.samplers.plan import SamplingConfig
-from pipeline.serving.engine import EXACT_ROWS, ImageRequest, Mode
+from pipeline.samplers.config import SamplingConfig
+from pipeline.serving.config import EXACT_ROWS, Mode
+from pipeline.serving.engine import ImageRequest
 
 Format = Literal["png", "webp"]
 """Of an image file; both hold the pixels as they are."""

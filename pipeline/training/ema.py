@@ -11,60 +11,11 @@ After each step n = 0, 1, ... an average takes θ' ← d θ' + (1-d) θ, with th
 A decay depends on the step and the global batch alone, so not on the number of workers.
 """
 
-from functools import lru_cache
-from typing import Literal
-
-import numpy as np
 import torch
-from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
+from pipeline.training.config import EmaConfig, sigma_rel_to_gamma
 from pipeline.training.parallel import cut_like, slice_of
-from pipeline.training.settings import check_owners
-
-OWNERS = {
-    "decay": ("kind", "decay"),
-    "half_life": ("kind", "half_life"),
-    "ramp_up": ("kind", "half_life"),
-    "sigma_rel": ("kind", "power"),
-    "num_snapshots": ("kind", "power"),
-}
-"""Settings that only one kind has."""
-
-
-class EmaConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """Which averages of the weights are kept."""
-
-    kind: Literal["decay", "half_life", "power"] = "decay"
-    decay: float = Field(default=0.9999, ge=0, lt=1)
-    half_life: int = Field(default=500_000, ge=1)
-    """In images."""
-    ramp_up: float = Field(default=0.05, gt=0, allow_inf_nan=False)
-    """The half-life is at most this share of the images seen."""
-    sigma_rel: list[float] = Field(default=[0.05, 0.10], min_length=1)
-    """Standard deviations of the steps in a power average, as shares of training: one average for
-    each. The first is the model's; any other can be had after training, see posthoc.py."""
-    num_snapshots: int = Field(default=16, ge=1)
-    """Of each power average, evenly over training: what others are made from."""
-
-    @model_validator(mode="after")
-    def _settings_have_an_owner(self) -> "EmaConfig":
-        check_owners(self, OWNERS)
-        return self
-
-    @model_validator(mode="after")
-    def _widths_can_be_had(self) -> "EmaConfig":
-        for sigma_rel in self.sigma_rel:
-            sigma_rel_to_gamma(sigma_rel)
-        if len({f"{sigma_rel:g}" for sigma_rel in self.sigma_rel}) < len(self.sigma_rel):
-            raise ValueError(f"sigma_rel={self.sigma_rel} names a width twice: name each once")
-        return self
-
-    @property
-    def names(self) -> list[str]:
-        """Of the averages; the first, always `ema`, is the model's."""
-        others = self.sigma_rel[1:] if self.kind == "power" else []
-        return ["ema", *(f"ema-power-{sigma_rel:g}" for sigma_rel in others)]
 
 
 def decays(config: EmaConfig, step: int, batch_size: int) -> list[float]:
@@ -81,25 +32,6 @@ def decays(config: EmaConfig, step: int, batch_size: int) -> list[float]:
         return [0.5 ** (batch_size / half_life) if half_life else 0.0]
     # without warm-up 90 % of an average at 0.9999 would be the initial weights still at step 1,000
     return [min(config.decay, (1 + step) / (10 + step))]
-
-
-@lru_cache
-def sigma_rel_to_gamma(sigma_rel: float) -> float:
-    """γ of the power average whose profile has the standard deviation `sigma_rel` t.
-
-    The profile τ^γ on (0, t] has σ² = (γ+1) / ((γ+2)² (γ+3)), which falls from 1/12 at γ = 0, the
-    plain mean.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not 0 < sigma_rel <= 0.2887:
-        raise ValueError(
-            f"sigma_rel={sigma_rel} must be above 0 and at most 0.2887, which is the plain mean of "
-            "all steps"
-        )
-    s = sigma_rel**-2
-    return float(np.roots([1, 7, 16 - s, 12 - s]).real.max())
 
 
 class Ema:

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.images import to_unit
+from pipeline.diffusion.config import DiffusionConfig
 from pipeline.diffusion.gaussian import like
-from pipeline.diffusion.schedules import DiffusionConfig, Schedule
+from pipeline.diffusion.schedules import Schedule
 from pipeline.networks.backbone import dropout_keys
 from pipeline.networks.monotone import ScheduledNetwork
 from pipeline.training import parallel
-from pipeline.training.config import HALF, TrainingConfig
+from pipeline.training.config import TrainingConfig
 from pipeline.training.ema import Ema
 from pipeline.training.inputs import StepInputs
 from pipeline.training.objective import Rows, learned_schedule_loss, loss
 from pipeline.training.optimizer import LossScale, learning_rate, make_optimizer
+from pipeline.training.precision import HALF
 from pipeline.training.timesteps import LossHistory, draw_timesteps
 
 QUARTILES = 4

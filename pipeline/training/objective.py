@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.config import DiffusionConfig
 from pipeline.diffusion.elbo import (
     bound_term,
     continuous_term,
@@ -19,7 +20,7 @@ from pipeline.diffusion.elbo import (
 from pipeline.diffusion.gaussian import like, q_sample
 from pipeline.diffusion.losses import loss_weight, simple_loss
 from pipeline.diffusion.parameterisation import eps_from, network_input, target, x_0_from
-from pipeline.diffusion.schedules import DiffusionConfig, Schedule
+from pipeline.diffusion.schedules import Schedule
 from pipeline.networks.monotone import LearnedSchedule
 from pipeline.training.config import TrainingConfig
 

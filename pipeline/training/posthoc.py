@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.errors import ConfigError, CorruptArtifact
-from pipeline.training.ema import sigma_rel_to_gamma
+from pipeline.training.config import sigma_rel_to_gamma
 
 FOLDER = "snapshots"
 DESCRIPTION = "snapshot.json"

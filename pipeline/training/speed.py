@@ -13,10 +13,12 @@ from torch import nn
 
 from pipeline.data.batches import Batch
 from pipeline.data.order import share
-from pipeline.diffusion.schedules import DiffusionConfig, make_schedule
-from pipeline.training.config import HALF, TrainingConfig
+from pipeline.diffusion.config import DiffusionConfig
+from pipeline.diffusion.schedules import make_schedule
+from pipeline.training.config import TrainingConfig
 from pipeline.training.inputs import StepInputs, draw_inputs
 from pipeline.training.loop import make_state, train
+from pipeline.training.precision import HALF
 from pipeline.training.watch import measured_peak, training_flops
 
 MEASURED_SECONDS, MOST_STEPS = 2.0, 50

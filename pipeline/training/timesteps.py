@@ -4,15 +4,12 @@ The draws are a function of (seed, step, row of the global batch) and, for `loss
 the losses so far: the same whichever rank asks for them.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from pipeline.diffusion.schedules import Schedule
 from pipeline.seeding import key, uniform
-
-TimestepSampler = Literal["uniform", "stratified", "log_normal", "loss_second_moment"]
+from pipeline.training.config import TimestepSampler
 
 HISTORY = 10
 UNIFORM_SHARE = 0.001

@@ -31,7 +31,7 @@ def load(context: typer.Context, path: str, overrides: list[str] | None) -> tupl
     """The config with absolute places, and the tracking URI."""
     from pipeline.config import load_config
     from pipeline.data.listing import absolute
-    from pipeline.evaluation.extractor_files import InceptionWeights, NetworkFile
+    from pipeline.evaluation.config import InceptionWeights, NetworkFile
 
     config = load_config(path, overrides)
     places = {"source": absolute(config.data.source)}

@@ -45,7 +45,7 @@ def sample(
     """Draw images from a registered model: DIR/0000.png ... and DIR/grid.png."""
     from pipeline.config import ClusterConfig, apply_override
     from pipeline.registry.models import load_model, resolve
-    from pipeline.samplers.plan import SamplingConfig
+    from pipeline.samplers.config import SamplingConfig
     from pipeline.serving.engine import ImageRequest, check_request
     from tasks import cluster
     from tasks import sample as stage

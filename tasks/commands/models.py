@@ -114,7 +114,7 @@ def lineage(
 
 
 def _checked(alias: str) -> str:
-    from pipeline.registry.models import RegistryConfig
+    from pipeline.registry.config import RegistryConfig
 
     checked: str = validated(RegistryConfig, "--alias", alias=alias).alias
     return checked

@@ -18,9 +18,10 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageFilter
 
+from pipeline.data.config import DataConfig
 from pipeline.data.images import decode
 from pipeline.data.input_shards import cut, read
-from pipeline.data.sources import DataConfig, scan
+from pipeline.data.sources import scan
 from pipeline.evaluation.extractors import load_extractor
 from pipeline.evaluation.figures import compare, gather
 from pipeline.evaluation.real_images import read_train

@@ -30,10 +30,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 import torch
 
 from pipeline.config import load_config
+from pipeline.samplers.config import SamplingConfig
 from pipeline.samplers.model import Model, ModelSpec, build_model, make_plan
-from pipeline.samplers.plan import SamplingConfig, run_plan
+from pipeline.samplers.plan import run_plan
 from pipeline.seeding import key, normal
-from pipeline.serving.engine import Engine, ImageRequest, Mode
+from pipeline.serving.config import Mode
+from pipeline.serving.engine import Engine, ImageRequest
 from tests.benchmarks.as_worker import as_worker
 
 CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"

@@ -40,8 +40,8 @@ from pipeline.evaluation.features import Classifier, TrainedClassifier
 from pipeline.evaluation.figures import gather
 from pipeline.registry.folder import model_files
 from pipeline.registry.models import load_model
+from pipeline.samplers.config import SamplingConfig
 from pipeline.samplers.model import ModelSpec
-from pipeline.samplers.plan import SamplingConfig
 from pipeline.serving import offline
 from pipeline.serving.engine import ImageRequest
 from tests.benchmarks.as_worker import as_worker

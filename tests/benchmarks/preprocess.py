@@ -61,12 +61,13 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.config import RunConfig, load_config
+from pipeline.data.config import DataConfig
 from pipeline.data.images import decode
 from pipeline.data.input_shards import InputShard, cut
 from pipeline.data.listing import list_files
 from pipeline.data.pieces import Piece, look, pieces_of
 from pipeline.data.preprocess import preprocess_shard
-from pipeline.data.sources import DataConfig, Source, scan
+from pipeline.data.sources import Source, scan
 from tests.benchmarks.as_worker import as_worker
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"

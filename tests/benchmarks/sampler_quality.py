@@ -40,8 +40,8 @@ from pipeline.evaluation.extractors import CLASSIFIER, Extractor, by_classifier,
 from pipeline.evaluation.features import TrainedClassifier, train_classifier
 from pipeline.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
 from pipeline.registry.models import load_model, read_tag, resolve
-from pipeline.samplers.model import SOLVERS, Model, check_sampling, make_plan
-from pipeline.samplers.plan import SamplingConfig
+from pipeline.samplers.config import SamplingConfig, check_sampling
+from pipeline.samplers.model import SOLVERS, Model, make_plan
 from pipeline.serving.engine import Engine, ImageRequest
 from pipeline.training.checkpoint import checkpoint_name
 from tests.benchmarks.as_worker import as_worker

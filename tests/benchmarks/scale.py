@@ -47,13 +47,14 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.data import shard_list
+from pipeline.data.config import DataConfig
 from pipeline.data.input_shards import InputShard, cut
 from pipeline.data.listing import list_files
 from pipeline.data.order import WindowedOrder
 from pipeline.data.parts import read_parts
 from pipeline.data.preprocess import preprocess_shard
 from pipeline.data.shards import part_path
-from pipeline.data.sources import DataConfig, scan
+from pipeline.data.sources import scan
 from pipeline.data.summary import SHEET_PARTS
 from pipeline.storage import FileEntry, Manifest
 from tests.benchmarks.as_worker import as_worker
@@ -538,7 +539,7 @@ def measure_router(by: int) -> list[dict[str, Any]]:
 
 def let_in_often(in_hand: int, times: int) -> float:
     """Seconds in which it is seen that a request can be taken beside so many that are running."""
-    from pipeline.serving.api import ServingConfig
+    from pipeline.serving.config import ServingConfig
     from tasks.admission import check_room
     from tasks.generations import Asked, Generation, Generations
 

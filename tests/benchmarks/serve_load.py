@@ -59,11 +59,11 @@ from pipeline.registry.diffusers_format import to_diffusers
 from pipeline.registry.folder import model_files
 from pipeline.registry.models import ModelReference, register
 from pipeline.registry.runs import TrackedRun
+from pipeline.samplers.config import SamplingConfig
 from pipeline.samplers.model import Model, make_plan
-from pipeline.samplers.plan import SamplingConfig, run_plan
+from pipeline.samplers.plan import run_plan
 from pipeline.seeding import key, normal
-from pipeline.serving.api import ServingConfig
-from pipeline.serving.engine import EXACT_ROWS
+from pipeline.serving.config import EXACT_ROWS, ServingConfig
 from tests.benchmarks.as_worker import as_worker
 from tests.benchmarks.engine import CONFIG, Mix, bare, parameters, untrained
 

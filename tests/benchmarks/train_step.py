@@ -52,8 +52,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.data.batches import Batches, FullShuffle
-from pipeline.diffusion.schedules import DiffusionConfig, make_schedule
-from pipeline.networks.unet import DoublingConv2d, UNet, UNetConfig, double
+from pipeline.diffusion.config import DiffusionConfig
+from pipeline.diffusion.schedules import make_schedule
+from pipeline.networks.config import UNetConfig
+from pipeline.networks.unet import DoublingConv2d, UNet, double
 from pipeline.training.config import TrainingConfig
 from pipeline.training.inputs import draw_inputs
 from pipeline.training.loop import make_state, train

@@ -34,8 +34,9 @@ from pipeline.registry.aliases import promote
 from pipeline.registry.folder import model_files
 from pipeline.registry.models import SERVING_TAG, register
 from pipeline.registry.runs import TrackedRun
-from pipeline.samplers.plan import SamplingConfig
-from pipeline.serving.api import ServingConfig, rows_of
+from pipeline.samplers.config import SamplingConfig
+from pipeline.serving.api import rows_of
+from pipeline.serving.config import ServingConfig
 from pipeline.serving.engine import Engine, ImageRequest
 from pipeline.serving.recipe import decode
 from tests.conftest import Workplace, ray_workers

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from pipeline.config import RunConfig, load_config
-from pipeline.serving.api import ServingConfig
+from pipeline.serving.config import ServingConfig
 from tasks.cluster import ENVIRONMENT
 from tasks.deployment import Service
 from tasks.serve import APPLICATION, PATIENCE

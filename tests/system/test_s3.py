@@ -22,10 +22,11 @@ from pipeline import lease, storage
 from pipeline.config import load_config
 from pipeline.data import shard_list
 from pipeline.data.batches import Batches, prefetch
+from pipeline.data.config import DataConfig
 from pipeline.data.input_shards import cut, read
 from pipeline.data.parts import Parts, read_parts
 from pipeline.data.preprocess import preprocess_shard
-from pipeline.data.sources import DataConfig, scan
+from pipeline.data.sources import scan
 from pipeline.data.windows import WindowedShuffle
 from pipeline.errors import DataError, StorageError
 from tests import shard_sets

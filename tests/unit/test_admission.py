@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from pipeline.serving.api import ServingConfig
+from pipeline.serving.config import ServingConfig
 from tasks.admission import MOST_BYTES, check_room
 from tasks.generations import Asked, Generation, Generations
 from tasks.replies import TooMuch

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
-from pipeline.serving.api import ServingConfig
+from pipeline.serving.config import ServingConfig
 from tasks.autoscaling import SECONDS_OF_WORK, TARGET_SECONDS, by_work
 
 

@@ -15,35 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.config import DiffusionConfig, Prediction, Variance
 from pipeline.diffusion.gaussian import predict_eps
 from pipeline.diffusion.parameterisation import target, x_0_from
-from pipeline.diffusion.schedules import (
-    DiffusionConfig,
-    Prediction,
-    Schedule,
-    Variance,
-    cosine,
-    linear,
-    make_schedule,
-)
+from pipeline.diffusion.schedules import Schedule, cosine, linear, make_schedule
 from pipeline.samplers.ancestral import ancestral
+from pipeline.samplers.config import SamplingConfig, Spacing
 from pipeline.samplers.ddim import ddim
 from pipeline.samplers.deis import deis
 from pipeline.samplers.dpm_solver import Form, dpm_solver
 from pipeline.samplers.euler import euler
 from pipeline.samplers.heun import heun
-from pipeline.samplers.plan import (
-    ALPHA_BAR,
-    LOG_RANGE,
-    Plan,
-    SamplingConfig,
-    Spacing,
-    T,
-    X,
-    Z,
-    run_plan,
-    with_settings,
-)
+from pipeline.samplers.plan import ALPHA_BAR, LOG_RANGE, Plan, T, X, Z, run_plan, with_settings
 from pipeline.samplers.pndm import pndm
 from pipeline.samplers.spacing import make_times
 from pipeline.samplers.unipc import unipc

@@ -13,21 +13,12 @@ from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, DataError, RequestError, StorageError, UserError
 from pipeline.networks.choice import DDPM
-from pipeline.networks.dit import DiTConfig
+from pipeline.networks.config import DiTConfig
 from pipeline.networks.unet import UNet
 from pipeline.registry.diffusers_format import from_diffusers, to_diffusers
+from pipeline.samplers.config import SamplingConfig, Spacing
 from pipeline.samplers.model import Model, ModelSpec, build_model, make_plan
-from pipeline.samplers.plan import (
-    ALPHA_BAR,
-    SamplingConfig,
-    Spacing,
-    T,
-    X,
-    advance,
-    scaled_noise,
-    start,
-    threshold,
-)
+from pipeline.samplers.plan import ALPHA_BAR, T, X, advance, scaled_noise, start, threshold
 
 diffusers = pytest.importorskip("diffusers", reason="pip install -e '.[diffusers]' to compare")
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.networks.dit import DiT, DiTConfig
+from pipeline.networks.config import DiTConfig
+from pipeline.networks.dit import DiT
 from pipeline.networks.embedding import grid_embedding
 
 SMALL = {"patch_size": 2, "width": 16, "depth": 2, "heads": 2}

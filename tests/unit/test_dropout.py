@@ -9,10 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.networks.backbone import Backbone, dropout_keys, set_checkpointing
 from pipeline.networks.choice import make_backbone
-from pipeline.networks.dit import DiTConfig
+from pipeline.networks.config import DiTConfig, UNetConfig
 from pipeline.networks.dropout import AddressedDropout, dropped, number_layers
 from pipeline.networks.monotone import ScheduledNetwork
-from pipeline.networks.unet import UNetConfig
 
 UNET = UNetConfig(
     base_channels=8, channel_multipliers=[1, 2], attention_at=[4], resample="block", dropout=0.5

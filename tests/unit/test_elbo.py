@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from pipeline.diffusion.config import DiffusionConfig, Variance
 from pipeline.diffusion.elbo import (
     bound_term,
     continuous_term,
@@ -20,14 +21,7 @@ from pipeline.diffusion.elbo import (
     reconstruction_term,
 )
 from pipeline.diffusion.gaussian import like, q_posterior, q_sample
-from pipeline.diffusion.schedules import (
-    DiffusionConfig,
-    Schedule,
-    Variance,
-    cosine,
-    linear,
-    make_schedule,
-)
+from pipeline.diffusion.schedules import Schedule, cosine, linear, make_schedule
 
 MEAN, STD = 0.3, 0.4
 VALUES = 2 * torch.arange(256, dtype=torch.float64) / 255 - 1

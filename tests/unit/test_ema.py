@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.errors import ConfigError, CorruptArtifact
 from pipeline.training import checkpoint
-from pipeline.training.ema import Ema, EmaConfig, decays, sigma_rel_to_gamma
+from pipeline.training.config import EmaConfig, sigma_rel_to_gamma
+from pipeline.training.ema import Ema, decays
 from pipeline.training.posthoc import (
     Profile,
     find_snapshots,

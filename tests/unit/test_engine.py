@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from pipeline.data.images import to_uint8
-from pipeline.diffusion.schedules import DiffusionConfig
+from pipeline.diffusion.config import DiffusionConfig
 from pipeline.errors import DataError, RequestError
-from pipeline.networks.unet import UNetConfig
+from pipeline.networks.config import UNetConfig
+from pipeline.samplers.config import OWNERS, SamplerName, SamplingConfig
 from pipeline.samplers.model import SOLVERS, Model, ModelSpec, build_model, make_plan
-from pipeline.samplers.plan import MATRIX, OWNERS, SamplerName, SamplingConfig, T, X, run_plan
+from pipeline.samplers.plan import MATRIX, T, X, run_plan
 from pipeline.seeding import key, normal
 from pipeline.serving import recipe
 from pipeline.serving.engine import Caller, Engine, ImageRequest, evenly

@@ -17,13 +17,13 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, CorruptArtifact, DataError
-from pipeline.evaluation.extractor_files import (
+from pipeline.evaluation.config import (
     EfficientNetLite0,
     ExtractorConfig,
     InceptionWeights,
     NetworkFile,
-    resized,
 )
+from pipeline.evaluation.extractor_files import resized
 from pipeline.evaluation.extractors import (
     DESCRIPTION,
     WEIGHTS,

@@ -22,8 +22,9 @@ from pipeline.registry.aliases import (
     promote,
     rollback,
 )
-from pipeline.registry.gate import Champion, Decision, Rule, Verdict, judge
-from pipeline.registry.models import FIGURES_TAG, ModelReference, RegistryConfig, read_tag
+from pipeline.registry.config import RegistryConfig, Rule
+from pipeline.registry.gate import Champion, Decision, Verdict, judge
+from pipeline.registry.models import FIGURES_TAG, ModelReference, read_tag
 from pipeline.registry.runs import make_client
 
 MEASURED = {"n": 100, "sampling": {"sampler": "ddim", "steps": 50}, "reference": "abc"}

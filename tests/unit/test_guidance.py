@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from pipeline.diffusion.config import Prediction
 from pipeline.diffusion.guidance import guided, rescaled
 from pipeline.diffusion.parameterisation import convert
-from pipeline.diffusion.schedules import Prediction, linear
+from pipeline.diffusion.schedules import linear
+from pipeline.samplers.config import SamplingConfig
 from pipeline.samplers.ddim import ddim
-from pipeline.samplers.plan import ALPHA_BAR, GUIDANCE, SamplingConfig, with_settings
+from pipeline.samplers.plan import ALPHA_BAR, GUIDANCE, with_settings
 from pipeline.samplers.spacing import make_times
 
 

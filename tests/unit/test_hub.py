@@ -16,10 +16,11 @@ from fsspec.registry import _registry, known_implementations
 from PIL import Image
 
 from pipeline import storage
+from pipeline.data.config import DataConfig
 from pipeline.data.formats import common
 from pipeline.data.input_shards import cut, read
 from pipeline.data.listing import absolute
-from pipeline.data.sources import DataConfig, Source, scan
+from pipeline.data.sources import Source, scan
 from pipeline.errors import DataError
 from tests.hub import Hub
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pipeline.diffusion.schedules import Schedule, cosine, linear
 from pipeline.samplers.ancestral import ancestral
+from pipeline.samplers.config import SamplingConfig
 from pipeline.samplers.langevin import (
     Noise,
     corrected,
@@ -15,15 +16,7 @@ from pipeline.samplers.langevin import (
     score_of,
     step_sizes,
 )
-from pipeline.samplers.plan import (
-    ALPHA_BAR,
-    Plan,
-    SamplingConfig,
-    T,
-    make_row,
-    run_plan,
-    with_settings,
-)
+from pipeline.samplers.plan import ALPHA_BAR, Plan, T, make_row, run_plan, with_settings
 from pipeline.samplers.spacing import make_times
 from pipeline.seeding import key, normal
 from pipeline.serving.engine import Engine, ImageRequest

@@ -8,14 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.config import DiffusionConfig, LossWeight, Prediction, ScheduleName
 from pipeline.diffusion.gaussian import like, q_sample
-from pipeline.diffusion.losses import LossWeight, likelihood_weight, loss_weight, simple_loss
+from pipeline.diffusion.losses import likelihood_weight, loss_weight, simple_loss
 from pipeline.diffusion.parameterisation import edm_coefficients, target, x_0_from
 from pipeline.diffusion.schedules import (
-    DiffusionConfig,
-    Prediction,
     Schedule,
-    ScheduleName,
     cosine,
     linear,
     make_schedule,

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
 from pipeline.networks.backbone import Backbone, set_checkpointing
-from pipeline.networks.choice import PRESETS, NetworkConfig, make_backbone
-from pipeline.networks.dit import DiTConfig
+from pipeline.networks.choice import make_backbone
+from pipeline.networks.config import PRESETS, DiTConfig, NetworkConfig, UNetConfig
 from pipeline.networks.embedding import sinusoidal_embedding
 from pipeline.networks.unet import (
     DoublingConv2d,
@@ -22,7 +22,6 @@ from pipeline.networks.unet import (
     ResidualBlock,
     SelfAttention,
     UNet,
-    UNetConfig,
     double,
     half,
 )

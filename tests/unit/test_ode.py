@@ -13,7 +13,7 @@ from pipeline.diffusion.ode import flow, integrate
 from pipeline.diffusion.schedules import cosine, linear
 from pipeline.diffusion.sde import VP
 from pipeline.errors import UserError
-from pipeline.samplers.plan import SamplingConfig
+from pipeline.samplers.config import SamplingConfig
 from pipeline.samplers.probability_flow import probability_flow
 from pipeline.serving.engine import ImageRequest
 from pipeline.serving.offline import draw

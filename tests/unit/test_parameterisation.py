@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.config import DiffusionConfig, Prediction
 from pipeline.diffusion.gaussian import like, q_sample
 from pipeline.diffusion.parameterisation import (
     convert,
@@ -15,7 +16,7 @@ from pipeline.diffusion.parameterisation import (
     target,
     x_0_from,
 )
-from pipeline.diffusion.schedules import DiffusionConfig, Prediction, cosine, make_schedule
+from pipeline.diffusion.schedules import cosine, make_schedule
 
 ALL: list[Prediction] = ["eps", "x_0", "v", "score", "edm"]
 ALPHA_BAR = torch.tensor([1 - 1e-5, 0.99, 0.5, 0.1, 1e-3, 1e-6], dtype=torch.float64)

@@ -19,12 +19,13 @@ from pipeline.config import load_config
 from pipeline.data import parts as parts_module
 from pipeline.data import shard_list
 from pipeline.data import summary as summary_module
+from pipeline.data.config import DataConfig
 from pipeline.data.input_shards import cut
 from pipeline.data.parts import Parts
 from pipeline.data.preprocess import preprocess_shard, record_uri
 from pipeline.data.shard_list import SHARDS
 from pipeline.data.shards import encode_part, images_of, part_path
-from pipeline.data.sources import DataConfig, scan
+from pipeline.data.sources import scan
 from pipeline.data.summary import Tally, contact_sheet, left_out, summary
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import Manifest

@@ -11,12 +11,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import MOST_SHOWN, RequestError
 from pipeline.samplers.model import Model
-from pipeline.serving.api import (
-    GenerationRequest,
-    ServingConfig,
-    image_requests,
-    parse_request,
-)
+from pipeline.serving.api import GenerationRequest, image_requests, parse_request
+from pipeline.serving.config import ServingConfig
 from pipeline.serving.engine import Engine
 from tests.unit.test_engine import make_model
 

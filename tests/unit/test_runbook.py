@@ -186,7 +186,7 @@ def test_every_alert_has_a_paragraph_and_every_panel_a_row() -> None:
 
 
 def test_an_image_that_is_stuck_is_older_than_any_may_be() -> None:
-    from pipeline.serving.api import ServingConfig
+    from pipeline.serving.config import ServingConfig
     from tasks.serve import PATIENCE
 
     (stuck,) = (rule for rule in ALERTS if rule["alert"] == "ReplicaIsStuck")

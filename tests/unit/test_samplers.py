@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.diffusion.config import DiffusionConfig, Variance
 from pipeline.diffusion.gaussian import like, predict_eps, predict_x_0
 from pipeline.diffusion.schedules import (
-    DiffusionConfig,
     Schedule,
-    Variance,
     cosine,
     linear,
     make_schedule,
@@ -20,14 +19,13 @@ from pipeline.diffusion.schedules import (
     with_zero_terminal_snr,
 )
 from pipeline.samplers.ancestral import ancestral
+from pipeline.samplers.config import SamplingConfig, Spacing
 from pipeline.samplers.ddim import ddim
 from pipeline.samplers.heun import heun
 from pipeline.samplers.plan import (
     ALPHA_BAR,
     X_0,
     Plan,
-    SamplingConfig,
-    Spacing,
     X,
     Z,
     advance,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.diffusion.schedules import DiffusionConfig
+from pipeline.diffusion.config import DiffusionConfig
 from pipeline.errors import ConfigError
-from pipeline.samplers.plan import SamplingConfig
+from pipeline.samplers.config import SamplingConfig
 from tasks.schedule import (
     MAX_DOTS,
     curves_of,

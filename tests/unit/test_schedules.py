@@ -7,10 +7,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from pipeline.diffusion.config import DiffusionConfig, ScheduleName
 from pipeline.diffusion.gaussian import q_sample
 from pipeline.diffusion.schedules import (
-    DiffusionConfig,
-    ScheduleName,
     cosine,
     laplace,
     linear,

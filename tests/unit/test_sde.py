@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipeline.diffusion.schedules import DiffusionConfig, from_sde, make_schedule
+from pipeline.diffusion.config import DiffusionConfig
+from pipeline.diffusion.schedules import from_sde, make_schedule
 from pipeline.diffusion.sde import VE, VP, Sde, SubVP
 
 PROCESSES = [VP(), SubVP(), VE(), VP(0.5, 7.0), VE(0.002, 80.0)]

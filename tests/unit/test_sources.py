@@ -20,11 +20,12 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.data import pieces
+from pipeline.data.config import DataConfig
 from pipeline.data.formats import loose
 from pipeline.data.formats.common import Place
 from pipeline.data.input_shards import cut, read
 from pipeline.data.listing import absolute, list_files
-from pipeline.data.sources import DataConfig, Source, scan
+from pipeline.data.sources import Source, scan
 from pipeline.errors import DataError, StorageError
 from tests.conftest import ROOT
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.diffusion.schedules import DiffusionConfig
-from pipeline.networks.unet import UNet, UNetConfig
+from pipeline.diffusion.config import DiffusionConfig
+from pipeline.networks.config import UNetConfig
+from pipeline.networks.unet import UNet
 from pipeline.training.config import TrainingConfig
 from pipeline.training.speed import Fitted, seconds_per_step
 

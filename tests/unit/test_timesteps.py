@@ -6,14 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.schedules import DiffusionConfig, Schedule, cosine, make_schedule
-from pipeline.training.timesteps import (
-    HISTORY,
-    UNIFORM_SHARE,
-    LossHistory,
-    TimestepSampler,
-    draw_timesteps,
-)
+from pipeline.diffusion.config import DiffusionConfig
+from pipeline.diffusion.schedules import Schedule, cosine, make_schedule
+from pipeline.training.config import TimestepSampler
+from pipeline.training.timesteps import HISTORY, UNIFORM_SHARE, LossHistory, draw_timesteps
 
 EDM = make_schedule(DiffusionConfig(schedule="edm"))
 

@@ -17,19 +17,20 @@ from pipeline import storage
 from pipeline.data.batches import Batches, FullShuffle
 from pipeline.data.order import share
 from pipeline.data.shards import NO_LABEL
+from pipeline.diffusion.config import DiffusionConfig, Prediction
 from pipeline.diffusion.elbo import bound_term, prior_term, reconstruction_term
 from pipeline.diffusion.gaussian import q_sample
 from pipeline.diffusion.parameterisation import target, x_0_from
-from pipeline.diffusion.schedules import DiffusionConfig, Prediction, make_schedule
+from pipeline.diffusion.schedules import make_schedule
 from pipeline.errors import CorruptArtifact, StorageError
 from pipeline.networks.backbone import set_checkpointing
+from pipeline.networks.config import UNetConfig
 from pipeline.networks.monotone import LearnedSchedule
-from pipeline.networks.unet import UNetConfig
+from pipeline.samplers.config import SamplingConfig
 from pipeline.samplers.model import ModelSpec, build_model, make_plan
-from pipeline.samplers.plan import SamplingConfig, run_plan
+from pipeline.samplers.plan import run_plan
 from pipeline.training import checkpoint, parallel
-from pipeline.training.config import TrainingConfig, check_objective
-from pipeline.training.ema import EmaConfig
+from pipeline.training.config import EmaConfig, TrainingConfig, check_objective
 from pipeline.training.inputs import StepInputs, draw_inputs, draw_noise, step_inputs
 from pipeline.training.loop import StepRecord, TrainState, make_state, train
 from pipeline.training.objective import Rows, learned_schedule_loss, loss

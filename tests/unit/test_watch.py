@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline import storage
-from pipeline.networks.unet import UNet, UNetConfig
+from pipeline.networks.config import UNetConfig
+from pipeline.networks.unet import UNet
 from pipeline.training.loop import StepRecord
 from pipeline.training.watch import Watch, measured_peak, training_flops
 from tests.unit.test_training import CPU, config, fresh, steps

@@ -12,9 +12,10 @@ import pytest
 
 from pipeline import storage
 from pipeline.config import RunConfig, validate_config
+from pipeline.data.config import NOT_IN_PARTS, SCANNED, DataConfig
 from pipeline.data.input_shards import cut
 from pipeline.data.preprocess import shard_digest
-from pipeline.data.sources import NOT_IN_PARTS, SCANNED, DataConfig, scan
+from pipeline.data.sources import scan
 from pipeline.errors import ConfigError
 from pipeline.registry.runs import TrackedRun
 from tasks import train

@@ -22,8 +22,8 @@ import yaml
 from PIL import Image
 
 from pipeline.data import shard_list
+from pipeline.data.config import DataConfig
 from pipeline.data.images import png
-from pipeline.data.sources import DataConfig
 from pipeline.errors import DataError
 from pipeline.evaluation.real_images import extractor_of, write_tensors
 from tasks.preprocess import check_bad_share
