@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, DataError, RequestError, StorageError, UserError
-from pipeline.networks.choice import DDPM
-from pipeline.networks.config import DiTConfig
+from pipeline.networks.config import DDPM, DiTConfig
 from pipeline.networks.unet import UNet
 from pipeline.registry.diffusers_format import from_diffusers, to_diffusers
 from pipeline.samplers.config import SamplingConfig, Spacing
