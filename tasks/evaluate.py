@@ -48,6 +48,9 @@ from tasks.stage import Outcome, StageContext
 GRID_COLUMNS = 10
 SAMPLES = "samples"
 """Files of drawn images, until the figures are known."""
+ROWS = IMAGES_PER_TASK
+"""Of a network call: full calls whether the images are guided or not, and more rows than a service
+takes at once, whose images are to come soon."""
 MOST_NEAREST = 500
 """Samples whose nearest training image is looked for."""
 
@@ -57,7 +60,7 @@ MOST_NEAREST = 500
 
 def draw_to_file(uri: str, requests: list[ImageRequest], reference: str, target: str) -> int:
     """Draw some samples, find their features, and write both; returns how many."""
-    drawn = draw(uri, None, requests, "exact")
+    drawn = draw(uri, None, requests, "exact", ROWS)
     tensors = {
         "pixels": torch.from_numpy(drawn.pixels),
         "evaluations": torch.from_numpy(drawn.evaluations),

@@ -11,7 +11,7 @@ import ray
 from pipeline.registry.models import load_model
 from pipeline.samplers.model import Model
 from pipeline.serving import offline
-from pipeline.serving.config import Mode
+from pipeline.serving.config import EXACT_ROWS, Mode
 from pipeline.serving.engine import ImageRequest
 from pipeline.serving.offline import Drawn
 from tasks import in_flight
@@ -27,9 +27,15 @@ def cached_model(uri: str, tracking_uri: str | None) -> Model:
     return load_model(uri, tracking_uri)
 
 
-def draw(uri: str, tracking_uri: str | None, requests: Sequence[ImageRequest], mode: Mode) -> Drawn:
-    """The images of `requests`, in order, drawn in this process."""
-    return offline.draw(cached_model(uri, tracking_uri), requests, mode, device=worker_device())
+def draw(
+    uri: str,
+    tracking_uri: str | None,
+    requests: Sequence[ImageRequest],
+    mode: Mode,
+    rows: int = EXACT_ROWS,
+) -> Drawn:
+    """The images of `requests`, in order, drawn in this process by calls of `rows` rows."""
+    return offline.draw(cached_model(uri, tracking_uri), requests, mode, rows, worker_device())
 
 
 _draw_task = ray.remote(max_retries=3)(draw)

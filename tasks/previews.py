@@ -32,6 +32,8 @@ from tasks.stage import StageContext
 
 PREVIEW_STEPS = 25
 PREVIEW_IMAGES_PER_CLASS = 4
+ROWS = 64
+"""Of a network call: nobody waits for a single image of these."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def preview(uri: str, wanted: Wanted) -> Preview:
     shown: list[int | None] = [None] * 16
     if num_classes:
         shown = [c for c in range(min(num_classes, 10)) for _ in range(PREVIEW_IMAGES_PER_CLASS)]
-    engine, seed = Engine(model), key(wanted.seed, "preview") >> 1
+    engine, seed = Engine(model, rows=ROWS), key(wanted.seed, "preview") >> 1
 
     def draw(labels: list[int | None]) -> np.ndarray:
         return engine.draw(

