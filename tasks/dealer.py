@@ -11,7 +11,7 @@ from typing import Any
 from ray.exceptions import ObjectLostError, RayActorError
 
 from pipeline.data.images import png
-from pipeline.registry.models import ModelReference
+from pipeline.registry.versions import ModelReference
 from pipeline.samplers.model import ModelSpec
 from pipeline.serving.api import GenerationRequest, rows_of, usage_of
 from pipeline.serving.config import Mode, ServingConfig

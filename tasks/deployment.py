@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from pipeline.registry.models import SERVING_TAG, ModelReference, read_tag, resolve
+from pipeline.registry.versions import SERVING_TAG, ModelReference, read_tag, resolve
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.keys import read_keys
 from tasks.commands.base import validated

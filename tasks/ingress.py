@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from pipeline.errors import ModelNotFound, PipelineError
-from pipeline.registry.models import ModelReference, resolve
+from pipeline.registry.versions import ModelReference, resolve
 from pipeline.samplers.config import OFFLINE, SamplerName
 from pipeline.serving.api import error_body, image_requests, parse_request
 from pipeline.serving.config import ServingConfig

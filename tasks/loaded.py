@@ -7,7 +7,7 @@ from contextvars import Context
 
 import torch
 
-from pipeline.registry.models import ModelReference
+from pipeline.registry.versions import ModelReference
 from pipeline.samplers.model import Model
 from pipeline.serving.config import Mode, ServingConfig
 from pipeline.serving.engine import Engine

@@ -9,7 +9,8 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.data.images import grid
-from pipeline.registry.models import ModelReference, load_model, read_reference
+from pipeline.registry.models import load_model
+from pipeline.registry.versions import ModelReference, read_reference
 from pipeline.seeding import key
 from pipeline.serving.config import Mode
 from pipeline.serving.engine import ImageRequest

@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions
 
 from pipeline.errors import ClusterError
-from pipeline.registry.models import ModelReference
+from pipeline.registry.versions import ModelReference
 from pipeline.serving.config import ServingConfig
 from tasks import cluster
 from tasks.autoscaling import by_work

@@ -11,6 +11,7 @@ from pipeline.config import RunConfig
 from pipeline.data.config import SCANNED, DataConfig
 from pipeline.data.preprocess import SHARD_SET_FORMAT
 from pipeline.data.sources import scan
+from pipeline.registry.versions import find_version, read_reference
 from tasks.stage import External, Look, Stage, at
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ def _source(config: RunConfig, look: Look) -> External:
 
 def _why_not_registered(folder: str, tracking_uri: str) -> str:
     """Whether the version that the output speaks of is in the registry that is used now."""
-    from pipeline.registry.models import find_version, read_reference
-
     reference = read_reference(folder)
     if reference.tracking_uri == tracking_uri and find_version(
         reference.name, reference.digest, tracking_uri

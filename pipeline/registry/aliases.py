@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.errors import ModelNotFound, UserError
 from pipeline.registry.config import Rule
 from pipeline.registry.gate import Champion, Decision, Figures, judge
-from pipeline.registry.models import (
+from pipeline.registry.runs import explained, make_client
+from pipeline.registry.turns import model_turn
+from pipeline.registry.versions import (
     FIGURES_TAG,
     ModelReference,
     get_version,
+    look,
     require_model,
     versions_of,
 )
-from pipeline.registry.runs import explained, make_client
-from pipeline.registry.turns import model_turn
 
 if TYPE_CHECKING:  # importing mlflow takes seconds
     from mlflow.entities.model_registry import RegisteredModel
@@ -131,9 +132,19 @@ def history(name: str, alias: str, tracking_uri: str) -> list[Move]:
         StorageError: the registry cannot be used.
         ModelNotFound: there is no such model.
     """
+    tag = f"{HISTORY_TAG}.{alias}"
+    rows = look(
+        tracking_uri,
+        "SELECT value FROM registered_models AS model LEFT JOIN registered_model_tags AS tag "
+        "ON tag.name = model.name AND tag.key = ? WHERE model.name = ?",
+        tag,
+        name,
+    )
+    if rows:
+        return _moves(rows[0][0])
     client = make_client(tracking_uri)
     with explained(tracking_uri):
-        return _read_history(require_model(client, name, tracking_uri), alias)
+        return _moves(require_model(client, name, tracking_uri).tags.get(tag))
 
 
 @contextmanager
@@ -197,7 +208,11 @@ def _holder(model: RegisteredModel, alias: str) -> str | None:
 
 
 def _read_history(model: RegisteredModel, alias: str) -> list[Move]:
-    entries: list[dict[str, Any]] = json.loads(model.tags.get(f"{HISTORY_TAG}.{alias}", "[]"))
+    return _moves(model.tags.get(f"{HISTORY_TAG}.{alias}"))
+
+
+def _moves(tag: str | None) -> list[Move]:
+    entries: list[dict[str, Any]] = json.loads(tag or "[]")
     return [Move(**entry) for entry in entries]
 
 

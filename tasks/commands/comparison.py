@@ -13,7 +13,7 @@ from tasks.commands.base import tracking_uri
 from tasks.console import console, shown
 
 if TYPE_CHECKING:
-    from pipeline.registry.models import ModelReference
+    from pipeline.registry.versions import ModelReference
 
 IMAGES = 10
 """Drawn by each model, in one row of the picture."""
@@ -30,7 +30,7 @@ def compare(
 ) -> None:
     """Print the figures of models side by side, and draw images of the same seeds."""
     from pipeline.registry.gate import shown as figure_shown
-    from pipeline.registry.models import FIGURES_TAG, read_tag, resolve
+    from pipeline.registry.versions import FIGURES_TAG, read_tag, resolve
 
     if len(models) < 2:
         raise RequestError(f"{models[0]} alone cannot be compared: name two models or more")

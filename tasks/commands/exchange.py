@@ -38,7 +38,8 @@ def export(
 ) -> None:
     """Write a registered model for other tools."""
     from pipeline.registry import diffusers_format, graph_formats
-    from pipeline.registry.models import load_model, resolve
+    from pipeline.registry.models import load_model
+    from pipeline.registry.versions import resolve
 
     if label is not None and format is not Format.DIFFUSERS:
         raise RequestError(f"--label {label} is for --format diffusers: drop one of them", "label")
@@ -76,8 +77,9 @@ def import_(
 
     from pipeline.registry.diffusers_format import from_diffusers
     from pipeline.registry.folder import model_digest, model_files
-    from pipeline.registry.models import check_name, register
+    from pipeline.registry.models import register
     from pipeline.registry.runs import TrackedRun
+    from pipeline.registry.versions import check_name
 
     check_name(name)
     uri = storage.absolute(folder)

@@ -13,7 +13,7 @@ from tasks.console import Board, console, log_to_file, shown
 if TYPE_CHECKING:
     import numpy as np
 
-    from pipeline.registry.models import ModelReference
+    from pipeline.registry.versions import ModelReference
     from pipeline.serving.recipe import Recipe
 
 
@@ -44,7 +44,8 @@ def sample(
 ) -> None:
     """Draw images from a registered model: DIR/0000.png ... and DIR/grid.png."""
     from pipeline.config import ClusterConfig, apply_override
-    from pipeline.registry.models import load_model, resolve
+    from pipeline.registry.models import load_model
+    from pipeline.registry.versions import resolve
     from pipeline.samplers.config import SamplingConfig
     from pipeline.serving.engine import ImageRequest, check_request
     from tasks import cluster
@@ -147,7 +148,7 @@ def model_of(recipe: "Recipe", file: Path, tracking_uri: str) -> "ModelReference
         ModelNotFound: it is not in the registry.
         UserError: another model has its place.
     """
-    from pipeline.registry.models import resolve
+    from pipeline.registry.versions import resolve
 
     try:
         reference = resolve(recipe.model, tracking_uri)

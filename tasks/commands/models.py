@@ -38,7 +38,7 @@ def promote(
 ) -> None:
     """Point an alias at a version, whatever the gate says of it."""
     from pipeline.registry.aliases import promote as move
-    from pipeline.registry.models import resolve
+    from pipeline.registry.versions import resolve
 
     alias = _checked(alias)
     reference = resolve(model, tracking_uri(context))
@@ -84,7 +84,8 @@ def lineage(
 ) -> None:
     """Show what an image or a model was made from, down to the hashes of the source."""
     from pipeline.registry.aliases import DECISION_TAG
-    from pipeline.registry.models import read_lineage, resolve
+    from pipeline.registry.models import read_lineage
+    from pipeline.registry.versions import resolve
 
     uri = tracking_uri(context)
     if Path(what).suffix.lower() == ".png" or Path(what).is_file():
@@ -122,7 +123,7 @@ def _checked(alias: str) -> str:
 
 def _registry(context: typer.Context, model: str) -> str:
     """The registry's URI, for a name that a model may have."""
-    from pipeline.registry.models import check_name, require_store
+    from pipeline.registry.versions import check_name, require_store
 
     uri = tracking_uri(context)
     require_store(check_name(model), uri)

@@ -34,7 +34,7 @@ def new(
     from pipeline.data.survey import survey
     from pipeline.proposal.decisions import propose
     from pipeline.proposal.fit import Wishes, checked_size
-    from pipeline.registry.models import check_name
+    from pipeline.registry.versions import check_name
     from tasks import cluster
 
     if size is not None:

@@ -57,8 +57,9 @@ from safetensors.torch import save as save_tensors
 
 from pipeline.registry.diffusers_format import to_diffusers
 from pipeline.registry.folder import model_files
-from pipeline.registry.models import ModelReference, register
+from pipeline.registry.models import register
 from pipeline.registry.runs import TrackedRun
+from pipeline.registry.versions import ModelReference
 from pipeline.samplers.config import SamplingConfig
 from pipeline.samplers.model import Model, make_plan
 from pipeline.samplers.plan import run_plan

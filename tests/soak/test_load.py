@@ -32,8 +32,9 @@ from safetensors.torch import save as save_tensors
 
 from pipeline.registry.aliases import promote
 from pipeline.registry.folder import model_files
-from pipeline.registry.models import SERVING_TAG, register
+from pipeline.registry.models import register
 from pipeline.registry.runs import TrackedRun
+from pipeline.registry.versions import SERVING_TAG
 from pipeline.samplers.config import SamplingConfig
 from pipeline.serving.api import rows_of
 from pipeline.serving.config import ServingConfig

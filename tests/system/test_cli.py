@@ -16,12 +16,8 @@ from pipeline.errors import ModelNotFound
 from pipeline.registry.aliases import (
     DECISION_TAG,
 )
-from pipeline.registry.models import (
-    FIGURES_TAG,
-    load_model,
-    read_tag,
-    resolve,
-)
+from pipeline.registry.models import load_model
+from pipeline.registry.versions import FIGURES_TAG, read_tag, resolve
 from tasks.console import Board
 from tasks.plan import make_plan
 from tasks.stage import Outcome, StageContext

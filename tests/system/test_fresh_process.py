@@ -8,7 +8,7 @@ from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 from pipeline.data.sources import scan
-from tests.conftest import ENVIRONMENT, HANG, ROOT
+from tests.conftest import ENVIRONMENT, HANG, ROOT, Workplace, tiny_command
 from tests.hub import Hub
 from tests.unit.test_hub import config, folder, hub  # noqa: F401
 from tests.unit.test_imports import FILES
@@ -42,6 +42,29 @@ def test_a_preprocessing_task_needs_no_torch() -> None:
     code = "import sys, pipeline.data.preprocess; print({'torch', 'sklearn'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "set()", result
+
+
+def test_commands_that_only_look_import_none_of_the_heavy_packages(tiny: Workplace) -> None:
+    """So they answer at once, also where everything has been run and a model is registered."""
+    looks = [tiny_command(verb) for verb in ("status", "explain", "config")]
+    commands = [*looks, ["history", "digits"], ["--help"], ["run", "--help"]]
+    # not pandas: pyarrow looks for it when it is given its first value
+    heavy = {"torch", "sklearn", "mlflow", "ray", "scipy", "matplotlib"}
+    code = (
+        "import sys\n"
+        "from tasks.__main__ import execute\n"
+        f"assert [execute(arguments) for arguments in {commands}] == [0] * {len(commands)}\n"
+        f"print('heavy:', sorted({heavy} & set(sys.modules)))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=ENVIRONMENT,
+        cwd=tiny.folder,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.splitlines()[-1:] == ["heavy: []"], result
+    assert result.stdout.count("done") == 6, "status has found all outputs, the model too"
 
 
 def test_requirements_pin_what_the_loader_imports() -> None:

@@ -19,11 +19,8 @@ from pipeline.registry.aliases import (
     DECISION_TAG,
     promote,
 )
-from pipeline.registry.models import (
-    ModelReference,
-    read_tag,
-)
 from pipeline.registry.runs import TrackedRun
+from pipeline.registry.versions import ModelReference, read_tag
 from tests.conftest import ENVIRONMENT, HANG, ROOT, wait_for
 from tests.unit.test_batches import COUNT, numbers, shard_set  # noqa: F401
 from tests.unit.test_gate import champion_of, figure, gate, moves, uri, versions  # noqa: F401

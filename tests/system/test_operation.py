@@ -19,8 +19,9 @@ from safetensors.torch import save as save_tensors
 
 from pipeline.registry.aliases import promote
 from pipeline.registry.folder import model_files
-from pipeline.registry.models import ModelReference, load_model, register
+from pipeline.registry.models import load_model, register
 from pipeline.registry.runs import TrackedRun
+from pipeline.registry.versions import ModelReference
 from tests.browser import OpenPage, chromium
 from tests.conftest import HANG, ROOT, Workplace, wait_for
 from tests.service import Service, assert_drawn_as_alone, served

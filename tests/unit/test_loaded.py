@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import CorruptArtifact
-from pipeline.registry.models import ModelReference
+from pipeline.registry.versions import ModelReference
 from tasks.loaded import LoadedModels
 
 

@@ -15,19 +15,20 @@ import yaml
 from safetensors.torch import save as save_tensors
 
 from pipeline.errors import CorruptArtifact, ModelNotFound, RequestError, StorageError
-from pipeline.registry.aliases import promote
+from pipeline.registry.aliases import history, promote
 from pipeline.registry.folder import model_digest, model_files
-from pipeline.registry.models import (
+from pipeline.registry.models import load_model, register
+from pipeline.registry.runs import TrackedRun, make_client
+from pipeline.registry.versions import (
+    DIGEST_TAG,
     ModelReference,
     check_name,
     find_version,
-    load_model,
+    look,
     parse_reference,
     read_tag,
-    register,
     resolve,
 )
-from pipeline.registry.runs import TrackedRun
 from pipeline.serving.engine import ImageRequest
 from tests.unit.test_engine import SETTINGS, alone, make_model
 
@@ -220,6 +221,35 @@ def test_a_model_that_is_not_there_is_named(
     with pytest.raises(ModelNotFound, match=sentence) as caught:
         resolve(text, uri)
     assert len(str(caught.value)) < 300
+
+
+def test_a_look_into_a_sqlite_store_sees_what_mlflow_says(
+    uri: str, champion: ModelReference
+) -> None:
+    client = make_client(uri)
+    client.create_registered_model("looked")
+    assert history("looked", "best", uri) == []
+    tags = {DIGEST_TAG: "d"}
+    made = [client.create_model_version("looked", f"s3://x/{i}", tags=tags) for i in range(3)]
+    for version in made[:2]:
+        promote(ModelReference("looked", str(version.version), "d", uri), "best")
+    assert [(move.before, move.after) for move in history("looked", "best", uri)] == [
+        (None, "1"),
+        ("1", "2"),
+    ]
+    client.delete_model_version("looked", "3")
+    assert find_version("looked", "d", uri) == ModelReference("looked", "2", "d", uri)
+    (newest, _) = client.search_model_versions(f"name = 'looked' and tags.`{DIGEST_TAG}` = 'd'")
+    assert str(newest.version) == "2"
+    assert find_version("looked", "other", uri) is None
+    assert find_version("shapes", champion.digest, uri) == champion
+
+
+def test_what_is_no_sqlite_store_is_left_to_mlflow(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("this is no database, whatever its name says")
+    for uri in ("http://127.0.0.1:9", f"sqlite:///{tmp_path}/text", f"sqlite:///{tmp_path}/none"):
+        assert look(uri, "SELECT name FROM registered_models") is None
+    assert not (tmp_path / "none").exists(), "looking makes nothing"
 
 
 def test_parse_reference() -> None:
