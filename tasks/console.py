@@ -11,10 +11,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,6 +31,7 @@ from rich.text import Text
 
 from pipeline import storage
 from pipeline.errors import PipelineError, UserError
+from tasks.estimate import Estimate, roughly
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -52,10 +55,12 @@ class StageBar:
         self._unit = ""
         self._started = self._last_line = time.monotonic()
         self._done_before = 0
+        board.estimate.begin(stage)
 
     def start(self, total: int, unit: str, done: int = 0) -> None:
         self._total, self._unit, self._done_before = total, unit, done
         self._started = time.monotonic()
+        self._board.estimate.phase(self._stage, total, done)
         # a new clock, so that the rate is that of this run's own work
         self._board.bars.reset(self._task, total=total, completed=done, unit=unit, note="")
         if done:
@@ -63,26 +68,48 @@ class StageBar:
 
     def update(self, done: int, note: str = "") -> None:
         self._board.bars.update(self._task, completed=done, note=note)
+        self._board.estimate.progress(self._stage, self._total, done)
         now = time.monotonic()
         if not self._board.live and now - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = now
             seconds = now - self._started
             rate = (done - self._done_before) / seconds if seconds else 0.0
-            left = f", {(self._total - done) / rate:.0f} s left" if self._total and rate else ""
+            left = f", {roughly((self._total - done) / rate)} left" if self._total and rate else ""
+            in_all = self._board.left_in_all()
             line = f"{self._stage}: {done}/{self._total} {self._unit}, {rate:,.1f}/s{left}"
-            console.print(line + (f", {note}" if note else ""))
+            console.print(line + "".join(f", {more}" for more in (in_all, note) if more))
 
     def close(self, outcome: str) -> None:
+        self._board.estimate.end(self._stage)
         self._board.bars.remove_task(self._task)
         console.print(f"{self._stage}: {outcome}")
 
 
-class Board:
-    """Bars of the stages that run, above them the lines of those that are over."""
+class _Bars(Progress):
+    """Bars with a line below them."""
 
-    def __init__(self) -> None:
+    def __init__(self, board: "Board", *columns: ProgressColumn, **options: Any) -> None:
+        self._board = board
+        super().__init__(*columns, **options)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if in_all := self._board.left_in_all():
+            yield Text(f"  {in_all}", style="dim")
+
+
+class Board:
+    """Bars of the stages that run, above them the lines of those that are over.
+
+    Args:
+        estimate: of the whole run, which the bars keep up to date.
+    """
+
+    def __init__(self, estimate: Estimate | None = None) -> None:
         self.live = console.is_terminal
-        self.bars = Progress(
+        self.estimate = estimate or Estimate([], None)
+        self.bars = _Bars(
+            self,
             SpinnerColumn(),
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=30),
@@ -108,6 +135,11 @@ class Board:
         trace: TracebackType | None,
     ) -> None:
         self.bars.stop()
+
+    def left_in_all(self) -> str:
+        """`about 2 min left in all`; empty if there is no more to say."""
+        left = self.estimate.left()
+        return f"about {roughly(left)} left in all" if left else ""
 
     def add(self, stage: str) -> StageBar:
         with self._lock:

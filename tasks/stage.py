@@ -97,6 +97,10 @@ class Stage:
     """The stages whose outputs it uses if they are there in time; what it makes is the same."""
     format: int = 1
     """Raised when the output changes its form, which makes older outputs strangers."""
+    rows: "Callable[[RunConfig], float]" = lambda config: 0.0
+    """Of network calls that it makes, about, which tells how long it takes: see estimate.py."""
+    paced: bool = False
+    """Its progress goes evenly with its rows, so that it tells the machine's speed."""
     inputs_of: "Callable[[RunConfig, Look], External]" = lambda config, look: External()
     """Looks at what it reads that no stage made."""
     why_invalid: Callable[[str, str], str] = lambda folder, tracking_uri: ""

@@ -61,6 +61,8 @@ STAGES = (
         reads=("seed", "network", "diffusion", "training"),
         inputs=("preprocess",),
         beside=("reference",),
+        rows=at("tasks.estimate:of_training"),
+        paced=True,
     ),
     Stage(
         "evaluate",
@@ -69,6 +71,7 @@ STAGES = (
         apart_from=("evaluation.extractor.file", "evaluation.during_training"),
         inputs=("preprocess", "train", "reference"),
         format=2,
+        rows=at("tasks.estimate:of_evaluation"),
     ),
     Stage(
         "register",
@@ -77,7 +80,13 @@ STAGES = (
         inputs=("preprocess", "train", "evaluate"),
         why_invalid=_why_not_registered,
     ),
-    Stage("sample", at("tasks.sample:run"), reads=("seed", "sampling"), inputs=("register",)),
+    Stage(
+        "sample",
+        at("tasks.sample:run"),
+        reads=("seed", "sampling"),
+        inputs=("register",),
+        rows=at("tasks.estimate:of_samples"),
+    ),
 )
 """Each after its inputs."""
 

@@ -21,6 +21,10 @@ from tasks.commands.base import (
     treat_sigterm_as_ctrl_c,
 )
 from tasks.console import Board, command, console, duration, log_to_file, shown, shown_uri
+from tasks.estimate import Estimate, reckon, roughly
+
+MANY = 20_000
+"""Images whose preprocessing takes a time worth a word, which nothing tells before it begins."""
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -87,9 +91,11 @@ def _run_stages(
 
             make_client(tracking_uri)  # a store that cannot be used is better found before the work
 
+        estimate = reckon(plan)
         if not all(planned.done for planned in plan.stages):
+            console.print(_how_long(plan, estimate))
             start_ray()
-        with Board() as board:
+        with Board(estimate) as board:
             results = workflow.run(plan, board, tracked_run)
 
     console.print()
@@ -100,6 +106,17 @@ def _run_stages(
         )
     console.print(table)
     _print_where_to_look(plan, target, log)
+
+
+def _how_long(plan: "Plan", estimate: Estimate) -> str:
+    """In all, as far as it can be said before anything has run."""
+    left = estimate.left()
+    if left is None:  # it is another machine that computes
+        told = "as soon as training has begun" if not plan["train"].done else "by no stage of these"
+        return f"how long it takes in all is told {told}"
+    num_images = plan["preprocess"].external.items.num_rows
+    more = "" if plan["preprocess"].done or num_images < MANY else ", and the preprocessing"
+    return f"takes about {roughly(left)} in all{more}, by a few calls of the network just now"
 
 
 def _plan_visibly(
