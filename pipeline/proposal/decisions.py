@@ -31,7 +31,7 @@ ROWS_PER_TRAINED, ELBO_ROWS, ODE_ROWS = 3, 1000, 400
 JUDGE_SHARE, MOST_TO_FIT = 0.5, 60_000
 """Of the images that training sees, how many the judge sees; and of how many different ones."""
 CHECKPOINT_SECONDS, FEWEST_CHECKPOINTS = 600.0, 4
-RATES = {128: 2e-4, 64: 5e-4, 32: 1e-3, 16: 1e-3}
+RATES = {128: 2e-4, 64: 5e-4, 32: 1e-3, 16: 2e-3}
 DECAYS = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
 BYTES_PER_SHARD, TASKS_PER_CORE = 2**26, 4
 WINDOW = 16384

@@ -8,6 +8,8 @@ from pipeline.data.survey import Survey
 from pipeline.errors import RequestError
 
 SIZES = (256, 192, 128, 96, 64, 48, 32, 24, 16, 8)
+SMALLEST = 32
+"""Of which larger images are made at least, however little the time: nobody would know smaller."""
 LARGEST_OWN, OWN_SHARE = 256, 0.9
 """Pixels up to which images keep their own size, where so many have the same."""
 WIDTHS = (128, 64, 32, 16)
@@ -145,9 +147,11 @@ def own_sizes(survey: Survey) -> list[int]:
     common = int(sides[len(sides) // 2])
     has_size = common <= LARGEST_OWN and (sides == common).mean() >= OWN_SHARE
     if has_size and is_size(common):
-        return [common, *(size for size in SIZES if size < common)]
-    lowest = sides[int((1 - OWN_SHARE) * len(sides))]
-    return [size for size in SIZES if size <= lowest] or [SIZES[-1]]
+        sizes = [common, *(size for size in SIZES if size < common)]
+    else:
+        lowest = sides[int((1 - OWN_SHARE) * len(sides))]
+        sizes = [size for size in SIZES if size <= lowest] or [SIZES[-1]]
+    return [size for size in sizes if size >= SMALLEST] or sizes[:1]
 
 
 def is_size(size: int) -> bool:

@@ -35,9 +35,8 @@ def place(tmp_path: Path) -> Workplace:
     return Workplace(tmp_path)
 
 
-@pytest.mark.ray
 def test_what_new_prints_runs_as_it_stands(place: Workplace) -> None:
-    command = [sys.executable, "-m", "tasks", "new", "photos", "--minutes", "1"]
+    command = [sys.executable, "-m", "tasks", "new", "photos", "--minutes", "1", "--size", "16"]
     printed = subprocess.run(
         command, cwd=place.folder, env=ENVIRONMENT, capture_output=True, text=True, check=True
     )
@@ -48,7 +47,7 @@ def test_what_new_prints_runs_as_it_stands(place: Workplace) -> None:
     config = load_config(str(place.folder / "my.yaml"))
     assert (config.name, config.data.channels, config.data.holdout) == ("photos", 3, 0.0)
     few = ["training.steps=20", "training.warmup_steps=2", "training.log_every=5"]
-    few += ["training.checkpoint_every=10", "evaluation.classifier_epochs=1"]
+    few += ["training.checkpoint_every=10", "evaluation.samples=20"]
     sets = [word for value in few for word in ("--set", value)]
     output = place.ddpm("run", "my.yaml", *sets)
     assert "serve    " in output
