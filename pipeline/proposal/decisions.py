@@ -10,6 +10,7 @@ from pipeline.data.survey import Survey
 from pipeline.proposal.fit import (
     EVALUATION_SHARE,
     MOST_EPOCHS,
+    MOST_FITTED,
     Fit,
     Machine,
     Wishes,
@@ -28,8 +29,8 @@ FEWEST_TO_GUIDE = 20
 """Images of a class, on average, from which guidance means something."""
 ROWS_PER_TRAINED, ELBO_ROWS, ODE_ROWS = 3, 1000, 400
 """A training image costs as much as so many rows of sampling; what a bound costs, and an ODE."""
-JUDGE_SHARE, MOST_TO_FIT = 0.5, 60_000
-"""Of the images that training sees, how many the judge sees; and of how many different ones."""
+JUDGE_SHARE = 0.5
+"""Of the images that training sees, how many the judge sees."""
 CHECKPOINT_SECONDS, FEWEST_CHECKPOINTS = 600.0, 4
 RATES = {128: 2e-4, 64: 5e-4, 32: 1e-3, 16: 2e-3}
 DECAYS = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
@@ -288,7 +289,7 @@ def _evaluation(facts: Facts, fit: Fit) -> list[Decision]:
     of_bound = _down(min(0.25 * rows / ELBO_ROWS, held_out), (0, 8, 16, 32, 64))
     of_ode = _down(min(0.15 * rows / ODE_ROWS, held_out), (0, 8, 16, 32))
     seen = JUDGE_SHARE * fit.steps * facts.work.batch_size
-    epochs = max(1, min(30, round(seen / min(facts.num_train, MOST_TO_FIT))))
+    epochs = max(1, min(30, round(seen / min(facts.num_train, MOST_FITTED))))
     found = [Decision("evaluation.samples", samples, "drawn, and compared with the images")]
     if judged:
         why = "passes over the images, of the classifier that judges the samples"

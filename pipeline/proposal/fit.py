@@ -18,6 +18,9 @@ WIDTH_FOR = ((20_000, 128), (2_000, 64), (0, 32))
 """From so many images on, so many channels at most: a wider network learns fewer by heart."""
 START_SECONDS = 45.0
 """Of a run, beside what is reckoned: Ray and its workers start, the model is registered."""
+FITTED_SECONDS, FEATURE_SECONDS, MOST_FITTED = 1e-6, 3e-7, 60_000
+"""Of a core, a pixel: for an image that the judge is fitted to, once, and for the features of one;
+measured on the machine that the README names. And how many images it is fitted to at most."""
 TRAINING_SHARE, EVALUATION_SHARE = 0.5, 0.15
 """Of the time: training has this at least, the evaluation about that."""
 BESIDE_TRAINING = 0.8
@@ -108,10 +111,13 @@ def least_steps(size: int, width: int) -> int:
     return round(max(size, 24) ** 2 * max(width, 32) / 32)
 
 
-def time_to_train(survey: Survey, machine: Machine, minutes: float) -> float:
+def time_to_train(survey: Survey, machine: Machine, minutes: float, size: int) -> float:
     """Seconds of a run of so many minutes that are left for training."""
-    seconds = 60 * minutes
-    before = START_SECONDS + survey.num_images * survey.seconds_per_image / machine.cores
+    seconds, n = 60 * minutes, survey.num_images
+    of_a_core = n * survey.seconds_per_image
+    if len(survey.class_names) >= 2:  # else there is no judge
+        of_a_core += size**2 * (FITTED_SECONDS * min(n, MOST_FITTED) + FEATURE_SECONDS * n)
+    before = START_SECONDS + of_a_core / machine.cores
     return max(TRAINING_SHARE * seconds, (1 - EVALUATION_SHARE) * seconds - before)
 
 
@@ -123,11 +129,11 @@ def find_fit(
     Raises:
         RequestError: the network has no levels for the size that is asked for.
     """
-    seconds = time_to_train(survey, machine, wishes.minutes) * BESIDE_TRAINING
     sizes = [checked_size(wishes.size)] if wishes.size is not None else own_sizes(survey)
     pairs = list(_pairs(sizes, survey.num_images))
     for size, width in pairs:
         needed = least_steps(size, width)
+        seconds = time_to_train(survey, machine, wishes.minutes, size) * BESIDE_TRAINING
         is_last = (size, width) == pairs[-1]
         limit = math.inf if is_last else seconds / needed
         of_step = measure(size, width, limit)
