@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.core import url_to_fs
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from pipeline.data.formats import arrays, cifar, digits, idx, loose, parquet, tar_files, zip_files
 from pipeline.data.formats.common import Member, Place, read_up_to
@@ -1133,6 +1134,10 @@ def test_the_builtin_digits_are_the_real_ones() -> None:
     # the first row of the first image of the data set is 0 0 5 13 9 1 0 0 of 16
     assert zero[0, :, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]
     assert sha256(last.tobytes()) == members[-1].digest  # type: ignore[union-attr]
+    theirs = load_digits()
+    pixels, labels = digits.all_digits()
+    assert np.array_equal(labels, theirs.target)
+    assert np.array_equal(pixels[..., 0], np.rint(theirs.images * (255 / 16)))
 
 
 # --- every format -------------------------------------------------------------------------------
