@@ -7,14 +7,12 @@ them.
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from pipeline.config import RunConfig
 from pipeline.data.pieces import LookInto, look_on_threads
+from pipeline.registry.runs import TrackedRun
 from pipeline.storage import FileEntry
-
-if TYPE_CHECKING:  # a look at the stages needs neither
-    from pipeline.config import RunConfig
-    from pipeline.registry.runs import TrackedRun
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Progress(Protocol):
 class StageContext:
     """The surroundings of one run of a stage."""
 
-    config: "RunConfig"
+    config: RunConfig
     id: str
     folder: str
     """URI of the output."""
@@ -61,7 +59,7 @@ class StageContext:
     """URIs of the outputs it reads, by stage."""
     tracking_uri: str
     progress: Progress
-    tracked_run: "Callable[[], TrackedRun]"
+    tracked_run: Callable[[], TrackedRun]
     """The pipeline's MLflow run, opened when a stage first asks for it."""
     beside: dict[str, str] = field(default_factory=dict)
     """The same as `inputs` of outputs that may not be finished yet."""
@@ -97,11 +95,11 @@ class Stage:
     """The stages whose outputs it uses if they are there in time; what it makes is the same."""
     format: int = 1
     """Raised when the output changes its form, which makes older outputs strangers."""
-    rows: "Callable[[RunConfig], float]" = lambda config: 0.0
+    rows: Callable[[RunConfig], float] = lambda config: 0.0
     """Of network calls that it makes, about, which tells how long it takes: see estimate.py."""
     paced: bool = False
     """Its progress goes evenly with its rows, so that it tells the machine's speed."""
-    inputs_of: "Callable[[RunConfig, Look], External]" = lambda config, look: External()
+    inputs_of: Callable[[RunConfig, Look], External] = lambda config, look: External()
     """Looks at what it reads that no stage made."""
     why_invalid: Callable[[str, str], str] = lambda folder, tracking_uri: ""
     """Of a finished output: why it must be made anew all the same; empty if it stands."""

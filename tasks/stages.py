@@ -4,19 +4,17 @@ A stage's code lies in a module of its own. Its declaration stands here and not 
 `ddpm status` and `explain` look at the stages without importing torch and Ray.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline import storage
 from pipeline.config import RunConfig
 from pipeline.data.config import SCANNED, DataConfig
 from pipeline.data.preprocess import SHARD_SET_FORMAT
 from pipeline.data.sources import scan
+from pipeline.registry.runs import TrackedRun
 from pipeline.registry.versions import find_version, read_reference
+from tasks.plan import Plan
 from tasks.stage import External, Look, Stage, at
-
-if TYPE_CHECKING:
-    from pipeline.registry.runs import TrackedRun
-    from tasks.plan import Plan
 
 LAST = "sample"
 """What `ddpm run` runs, with all that it needs."""
@@ -91,10 +89,8 @@ STAGES = (
 """Each after its inputs."""
 
 
-def tracked_run(plan: "Plan") -> "TrackedRun":
+def tracked_run(plan: Plan) -> TrackedRun:
     """The MLflow run of a plan: that of its training, whatever else the config says."""
-    from pipeline.registry.runs import TrackedRun
-
     params = _flat(plan.config.model_dump())
     return TrackedRun(plan.tracking_uri, plan.config.name, plan["train"].id, params)
 

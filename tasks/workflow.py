@@ -7,17 +7,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline import storage
 from pipeline.errors import StorageError
+from pipeline.registry.runs import TrackedRun
 from pipeline.storage import Manifest
 from tasks.console import Board, duration
 from tasks.plan import Plan, PlannedStage
 from tasks.stage import Outcome, StageContext
-
-if TYPE_CHECKING:
-    from pipeline.registry.runs import TrackedRun
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class StageResult:
     seconds: float
 
 
-def run(plan: Plan, board: Board, open_run: "Callable[[Plan], TrackedRun]") -> list[StageResult]:
+def run(plan: Plan, board: Board, open_run: Callable[[Plan], TrackedRun]) -> list[StageResult]:
     """Run what must run.
 
     Args:
@@ -71,7 +69,7 @@ def run(plan: Plan, board: Board, open_run: "Callable[[Plan], TrackedRun]") -> l
     return [results[planned.name] for planned in plan.stages]
 
 
-def _get(finished: "queue.Queue[Any]") -> Any:
+def _get(finished: queue.Queue[Any]) -> Any:
     while True:  # in slices, so that the main thread hears Ctrl-C
         try:
             return finished.get(timeout=0.2)
@@ -82,12 +80,12 @@ def _get(finished: "queue.Queue[Any]") -> Any:
 class _TrackedOnce:
     """The pipeline's MLflow run, opened once, by whichever stage first writes to it."""
 
-    def __init__(self, plan: Plan, open_run: "Callable[[Plan], TrackedRun]") -> None:
+    def __init__(self, plan: Plan, open_run: Callable[[Plan], TrackedRun]) -> None:
         self._plan, self._open = plan, open_run
         self._lock = threading.Lock()
         self._run: TrackedRun | None = None
 
-    def __call__(self) -> "TrackedRun":
+    def __call__(self) -> TrackedRun:
         with self._lock:
             if self._run is None:
                 self._run = self._open(self._plan)
@@ -102,7 +100,7 @@ def _run_in_thread(
     plan: Plan,
     planned: PlannedStage,
     board: Board,
-    tracked_run: "Callable[[], TrackedRun]",
+    tracked_run: Callable[[], TrackedRun],
     finished: "queue.Queue[tuple[str, StageResult | BaseException]]",
 ) -> None:
     try:
@@ -112,7 +110,7 @@ def _run_in_thread(
 
 
 def _run_stage(
-    plan: Plan, planned: PlannedStage, board: Board, tracked_run: "Callable[[], TrackedRun]"
+    plan: Plan, planned: PlannedStage, board: Board, tracked_run: Callable[[], TrackedRun]
 ) -> StageResult:
     stage, begin = planned.stage, time.monotonic()
     bar = board.add(stage.name)
