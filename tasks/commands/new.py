@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.errors import DataError
+
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.proposal.fit import Machine
@@ -36,6 +38,8 @@ def new(
     from pipeline.registry.versions import check_name
     from tasks import cluster
 
+    if not source.isprintable():  # of bytes that are no UTF-8 Python makes what cannot be written
+        raise DataError(f"{source!r} has letters that no config can hold: give it another name")
     if size is not None:
         checked_size(size)
     if name is not None:

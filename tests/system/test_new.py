@@ -74,6 +74,7 @@ def test_a_bucket_is_looked_at_like_a_folder(
     ("arguments", "sentence"),
     [
         (["nowhere"], "data.source='nowhere' does not exist"),
+        (["photo\udcff"], "'photo\\udcff' has letters that no config can hold"),
         (["photos", "--size", "31"], "--size 31: the network halves images to 16 pixels"),
         (["photos", "--name", "a b"], "'a b' is not the name of a model"),
         (["photos", "--minutes", "0"], "--minutes"),
