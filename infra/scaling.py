@@ -48,6 +48,8 @@ CONSTANTS = {
     "rows": ("engine", "engine, exact"),
 }
 """(section of RESULTS.md, what it says there)."""
+MEASURED_ON = "AVX-512 with bf16"
+"""The kind of machine, behind the name in the heading of a section."""
 WORKERS_MEASURED = 2
 """Of `decoded`, which is of both."""
 INGRESS = (
@@ -114,7 +116,9 @@ def measured() -> dict[str, float]:
     found: dict[tuple[str, str], float] = {}
     ingress = 0.0
     for part in re.split(r"(?m)^(?=## )", RESULTS.read_text()):
-        section = part.removeprefix("## ").split("\n", 1)[0]
+        section, _, kind = part.removeprefix("## ").split("\n", 1)[0].partition(", ")
+        if kind != MEASURED_ON:
+            continue
         for line in re.findall(r"(?m)^\[\{.*\}\]$", part):
             found |= {(section, entry["what"]): entry["ours"] for entry in json.loads(line)}
         if section == "serve_load":

@@ -10,16 +10,12 @@ bare network with B rows a call, R* the best of them. Then
 - a request alone: one image by the engine in fast mode against the plain loop, same network;
 - the scheduler: what a step takes beside its network call.
 
-All arms take turns; medians count. The last line is JSON: [{"what", "ours", "peer", "peer_name",
-"unit", "ratio", "goal"}], ratio above 1 where ours is better.
+All arms take turns; medians count.
 """
 
 import argparse
 import itertools
-import json
 import os
-import platform
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,9 +32,11 @@ from pipeline.samplers.plan import run_plan
 from pipeline.seeding import key, normal
 from pipeline.serving.config import Mode
 from pipeline.serving.engine import Engine, ImageRequest
-from tests.benchmarks.as_worker import as_worker
+from tests.benchmarks import program
+from tests.benchmarks.program import CONFIGS, Figure, figure
 
-CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
+CONFIG = CONFIGS / "fashion_mnist.yaml"
+QUICK_NETWORK = ["network.base_channels=16"]
 SIZES = (1, 2, 4, 8, 16, 32)
 STEPS, GUIDANCE = (10, 20, 50, 250), (0.0, 1.0)
 SAMPLERS: tuple[dict[str, Any], ...] = (
@@ -48,23 +46,21 @@ SAMPLERS: tuple[dict[str, Any], ...] = (
 )
 IN_HAND = 48
 ALONE = SamplingConfig(steps=50)
+GOAL = 0.95
 
 
 def main() -> None:
-    as_worker()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few calls")
-    parser.add_argument("--config", default=str(CONFIG))
-    options = parser.parse_args()
+    options = program.parser(__doc__)
+    options.add_argument("--config", default=str(CONFIG))
+    program.run(options, measure, "torch")
+
+
+def measure(options: argparse.Namespace) -> list[Figure]:
     torch.set_num_threads(1)
     calls, rounds = (3, 2) if options.quick else (25, 7)
-    print(
-        f"torch {torch.__version__}, 1 thread of {os.cpu_count()} cores, "
-        f"{platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.2f}"
-    )
-    model = untrained(options.config)
+    model = untrained(options.config, QUICK_NETWORK if options.quick else [])
     shape = "x".join(map(str, model.spec.image_shape))
-    print(f"{Path(options.config).stem}: {shape}, {parameters(model):,} parameters")
+    print(f"{Path(options.config).stem}: {shape}, {parameters(model):,} parameters, 1 thread")
 
     mixes = {mode: Mix(model, mode) for mode in ("exact", "fast")}
     arms: dict[str, Callable[[], float]] = {
@@ -74,51 +70,25 @@ def main() -> None:
         "alone, engine": lambda: 1 / alone(model),
         "scheduler": lambda: 1 / mixes["exact"].outside(calls),
     }
-    rates: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
-        for name, arm in arms.items():
-            rates[name].append(arm())
-    medians = {name: statistics.median(of) for name, of in rates.items()}
+    rates = program.rates_in_turn(arms, rounds)
+    medians = program.medians(rates)
     print(f"{'':<22}{'rows/s, median (least to most)':>34}")
     for name in [*arms][:-3]:
-        print(
-            f"{name:<22}{medians[name]:>12.1f} ({min(rates[name]):.1f} to {max(rates[name]):.1f})"
-        )
+        print(f"{name:<22}{program.spread(rates[name]):>34}")
     for name in ("alone, plain loop", "alone, engine"):
         print(f"{name:<22}{1 / medians[name]:>12.3f} s an image of {ALONE.steps} steps")
     print(f"a step beside its network call, exact: {1e6 / medians['scheduler']:.0f} µs")
     best = max(SIZES, key=lambda size: medians[f"bare, {size} rows"])
     top = medians[f"bare, {best} rows"]
-    results = [
-        result(
-            f"engine, {mode}", medians[f"engine, {mode}"], top, f"bare network, {best} rows", 0.95
-        )
-        for mode in mixes
+    bare_name, unit = f"bare network, {best} rows", "rows/s"
+    exact, fast = medians["engine, exact"], medians["engine, fast"]
+    alone_rates = [medians[f"alone, {how}"] * ALONE.steps for how in ("engine", "plain loop")]
+    return [
+        figure("engine, exact", exact, top, bare_name, GOAL, unit),
+        figure("engine, fast", fast, top, bare_name, GOAL, unit),
+        figure("exact mode", exact, fast, "fast mode", GOAL, unit),
+        figure("one image alone, fast", *alone_rates, "the plain loop", GOAL, unit),
     ]
-    results.append(
-        result("exact mode", medians["engine, exact"], medians["engine, fast"], "fast mode", 0.95)
-    )
-    one = result(
-        "one image alone, fast",
-        medians["alone, engine"] * ALONE.steps,
-        medians["alone, plain loop"] * ALONE.steps,
-        "the plain loop",
-        0.95,
-    )
-    print(f"load at the end {os.getloadavg()[0]:.2f}")
-    print(json.dumps([*results, one]))
-
-
-def result(what: str, ours: float, peer: float, peer_name: str, goal: float) -> dict[str, Any]:
-    return {
-        "what": what,
-        "ours": round(ours, 1),
-        "peer": round(peer, 1),
-        "peer_name": peer_name,
-        "unit": "rows/s",
-        "ratio": round(ours / peer, 3),
-        "goal": goal,
-    }
 
 
 def untrained(path: str, overrides: Sequence[str] = ()) -> Model:

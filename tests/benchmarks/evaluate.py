@@ -8,46 +8,39 @@
 - Samples of the network of configs/fashion_mnist.yaml, untrained, with 20 DDIM steps, drawn as
   evaluation draws them (Ray tasks of 48 images, features by the classifier, files), against the
   sampler alone, as many bare processes at the same time, in turn.
-
-The last line is JSON: [{"what", "ours", "peer", "peer_name", "unit", "ratio", "goal"}], ratio above
-1 where ours is better.
 """
 
 import argparse
-import json
-import multiprocessing
+import itertools
 import os
-import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from threading import Barrier
-from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; workers have it too
 
-import numpy as np
 import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.config import load_config
 from pipeline.evaluation.extractors import keep_classifier
 from pipeline.evaluation.features import Classifier, TrainedClassifier
 from pipeline.evaluation.figures import gather
 from pipeline.registry.folder import model_files
 from pipeline.registry.models import load_model
 from pipeline.samplers.config import SamplingConfig
-from pipeline.samplers.model import ModelSpec
 from pipeline.serving import offline
 from pipeline.serving.engine import ImageRequest
-from tests.benchmarks.as_worker import as_worker
-from tests.benchmarks.preprocess import WORKERS, at_once, result, started_ray
+from tests.benchmarks import program
+from tests.benchmarks.engine import CONFIG, QUICK_NETWORK, untrained
+from tests.benchmarks.own_ray import started_ray
+from tests.benchmarks.processes import alone, at_once
+from tests.benchmarks.program import Figure, figure
 
-CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
+WORKERS = 2
 DIM, CHUNK = 2048, 8192
 COUNTS, QUICK_COUNTS = (25_000, 100_000), (17_000, 34_000)
 IMAGES, QUICK_IMAGES, ROUNDS = 960, 192, 3
@@ -56,17 +49,12 @@ GOAL_SAMPLER, GOAL_MEMORY = 0.95, 0.98
 
 
 def main() -> None:
-    as_worker()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few images, one repeat")
-    quick = parser.parse_args().quick
-    print(
-        f"torch {torch.__version__}, numpy {np.__version__}; {os.cpu_count()} cores, "
-        f"{platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.2f}"
-    )
-    results = [*measure_moments(QUICK_COUNTS if quick else COUNTS), *measure_sampling(quick)]
-    print(f"load at the end {os.getloadavg()[0]:.2f}")
-    print(json.dumps(results))
+    program.run(program.parser(__doc__), measure, "torch", "numpy", "torchmetrics", "ray")
+
+
+def measure(options: argparse.Namespace) -> list[Figure]:
+    counts = QUICK_COUNTS if options.quick else COUNTS
+    return [*measure_moments(counts), *measure_sampling(options.quick)]
 
 
 # --- moments ------------------------------------------------------------------------------------
@@ -110,55 +98,32 @@ def timed(which: str, count: int) -> tuple[float, float]:
     return seconds, int(line.split()[1]) / 1000
 
 
-def measure_moments(counts: tuple[int, ...]) -> list[dict[str, Any]]:
+def measure_moments(counts: tuple[int, ...]) -> list[Figure]:
     print(f"moments of {DIM}-dimensional features       images   seconds   peak MB")
     found = {}
     for count in counts:
         for which in ("ours", "torchmetrics"):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found[which, count] = pool.apply(timed, (which, count))
+            found[which, count] = alone(timed, which, count)
             seconds, memory = found[which, count]
             print(f"  {which:<38}{count:>8,}{seconds:>10.1f}{memory:>10,.0f}", flush=True)
     few, many = counts
+    peaks = [found["ours", count][1] for count in counts]
+    what = f"peak memory of the moments of {few:,} images"
+    rates = [many / found[which, many][0] for which in ("ours", "torchmetrics")]
     return [
-        result(
-            f"peak memory of the moments of {few:,} images",
-            found["ours", few][1],
-            found["ours", many][1],
-            f"of {many:,} images",
-            GOAL_MEMORY,
-            "MB",
-        ),
-        result(
-            f"moments of {many:,} images",
-            many / found["ours", many][0],
-            many / found["torchmetrics", many][0],
-            "torchmetrics",
-            None,
-        ),
+        figure(what, *peaks, f"of {many:,} images", GOAL_MEMORY, "MB"),
+        figure(f"moments of {many:,} images", *rates, "torchmetrics"),
     ]
 
 
 # --- sampling -----------------------------------------------------------------------------------
 
 
-def write_model(folder: Path) -> str:
-    """A model's folder with weights that were never trained; every layer takes part."""
-    config = load_config(str(CONFIG))
-    spec = ModelSpec(
-        network=config.network,
-        diffusion=config.diffusion,
-        channels=config.data.channels,
-        image_size=config.data.image_size,
-        class_names=[str(i) for i in range(10)],
-        has_null_label=True,
-    )
-    torch.manual_seed(0)
-    weights = {
-        name: 0.02 * torch.randn_like(tensor) if tensor.ndim > 1 else tensor
-        for name, tensor in spec.make_network().state_dict().items()
-    }
-    for name, data in model_files(spec, save_tensors(weights), {}).items():
+def write_model(folder: Path, quick: bool) -> str:
+    """A model's folder with weights that were never trained."""
+    model = untrained(str(CONFIG), QUICK_NETWORK if quick else [])
+    weights = save_tensors(model.network.state_dict())
+    for name, data in model_files(model.spec, weights, {}).items():
         storage.write_bytes(str(folder / name), data)
     return str(folder)
 
@@ -203,27 +168,29 @@ def as_evaluated(uri: str, reference: str, folder: str, count: int) -> float:
     return time.perf_counter() - begin
 
 
-def measure_sampling(quick: bool) -> list[dict[str, Any]]:
+def measure_sampling(quick: bool) -> list[Figure]:
     count, rounds = (QUICK_IMAGES, 1) if quick else (IMAGES, ROUNDS)
-    rates: dict[str, list[float]] = {"evaluation": [], "the sampler alone": []}
-    with tempfile.TemporaryDirectory() as folder, started_ray():
-        uri, reference = write_model(Path(folder, "model")), f"{folder}/reference"
+    with tempfile.TemporaryDirectory() as folder, started_ray(WORKERS):
+        uri, reference = write_model(Path(folder, "model"), quick), f"{folder}/reference"
         torch.manual_seed(0)
         classifier = TrainedClassifier(Classifier(1, 10).eval(), 0.0, 0)
         keep_classifier(reference, "fashion_mnist", classifier)
         as_evaluated(uri, reference, f"{folder}/first", 96)  # workers start, and load the model
-        for turn in range(rounds):
-            seconds = as_evaluated(uri, reference, f"{folder}/{turn}", count)
-            rates["evaluation"].append(count / seconds)
-            shares = [range(first, count, WORKERS) for first in range(WORKERS)]
-            seconds = at_once(sampler_alone, [(uri, share) for share in shares])
-            rates["the sampler alone"].append(count / seconds)
+        turns = itertools.count()
+        shares = [(uri, range(first, count, WORKERS)) for first in range(WORKERS)]
+        arms = {
+            "evaluation": lambda: (
+                count / as_evaluated(uri, reference, f"{folder}/{next(turns)}", count)
+            ),
+            "the sampler alone": lambda: count / max(at_once(sampler_alone, shares)),
+        }
+        rates = program.rates_in_turn(arms, rounds)
     print(f"samples of 28x28 with {SAMPLING.steps} steps, {WORKERS} at once    images/s, median")
     for name, of in rates.items():
-        print(f"  {name:<38}{statistics.median(of):.1f} ({min(of):.1f} to {max(of):.1f})")
-    ours, peer = (statistics.median(of) for of in rates.values())
-    what = "sampling for evaluation"
-    return [result(what, ours, peer, f"the sampler alone, {WORKERS} at once", GOAL_SAMPLER)]
+        print(f"  {name:<38}{program.spread(of)}")
+    medians = program.medians(rates).values()
+    peer = f"the sampler alone, {WORKERS} at once"
+    return [figure("sampling for evaluation", *medians, peer, GOAL_SAMPLER)]
 
 
 if __name__ == "__main__":

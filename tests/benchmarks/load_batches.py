@@ -16,15 +16,13 @@ come next), and "windowed" (read by row group, for data that does not fit), of r
 A second table shows what windows cost in quality: the mean entropy of the labels in a batch of 64,
 where the stored images are sorted by class.
 
-The last line is JSON: [{"what", "ours", "peer", "peer_name", "unit", "ratio", "goal"}], ratio above
-1 where ours is better; the peer is the best of those that were measured.
+The peer of a figure is the best of those that were measured.
 """
 
 import argparse
+import contextlib
 import io
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -47,7 +45,10 @@ from pipeline.data.parts import read_parts
 from pipeline.data.shards import ROW_GROUP_SIZE
 from pipeline.data.windows import WindowedShuffle
 from tests.benchmarks import load_batches_peers as peers
+from tests.benchmarks import program
 from tests.benchmarks.load_batches_peers import BATCH_SIZE
+from tests.benchmarks.processes import Failed
+from tests.benchmarks.program import Figure, constant, figure
 from tests.shard_sets import write_shard_set
 
 IMAGES_A_FILE = 2048
@@ -145,36 +146,52 @@ def ours(what: str, folder: str, ahead: int) -> peers.Epoch:
 
 
 class Contender:
-    """A process that delivers batches when it is told to."""
+    """A process that delivers batches when it is told to, with what it starts.
 
-    def __init__(self, command: list[str], cores: list[int]) -> None:
-        self.cores, self.rates = cores, list[float]()
+    Raises:
+        Failed: it ended before it was ready.
+    """
+
+    def __init__(self, name: str, command: list[str], cores: list[int]) -> None:
+        self.name, self.rates = name, list[float]()
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
         self._answer("ready")
 
     def go(self) -> None:
+        """Deliver for an epoch.
+
+        Raises:
+            Failed: it ended before.
+        """
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as the answer says
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         self.rates.append(float(self._answer("")))
 
     def end(self) -> None:
-        self.process.communicate()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.communicate()
+        self.errors.close()
 
     def _answer(self, start: str) -> str:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith(start):
                 return line
-        _, errors = self.process.communicate()
-        raise RuntimeError(errors.strip().splitlines()[-1])
+        code = self.process.wait()
+        self.errors.seek(0)
+        said = self.errors.read().strip().splitlines()
+        self.end()
+        raise Failed(f"{self.name} ended with code {code}{f': {said[-1]}' if said else ''}")
 
 
 def measure(folder: Path, num_cores: int, rounds: int, python: str | None) -> dict[str, float]:
@@ -189,17 +206,19 @@ def measure(folder: Path, num_cores: int, rounds: int, python: str | None) -> di
         commands |= {
             name: [python, peers.__file__, name, str(folder), spread] for name in peers.PEERS
         }
-    contenders = {}
-    for name, command in commands.items():
-        try:
-            contenders[name] = Contender(command, cores)
-        except RuntimeError as error:
-            print(f"  {name} is left out: {error}")
-    for _ in range(rounds):
-        for contender in contenders.values():
-            contender.go()
-    for contender in contenders.values():
-        contender.end()
+    contenders: dict[str, Contender] = {}
+    with contextlib.ExitStack() as stack:
+        for name, command in commands.items():
+            try:
+                contenders[name] = Contender(name, command, cores)
+                stack.callback(contenders[name].end)
+            except Failed as error:
+                if name not in peers.PEERS:
+                    raise
+                print(f"  left out: {error}")
+        for _ in range(rounds):
+            for contender in contenders.values():
+                contender.go()
     return {name: statistics.median(c.rates) for name, c in contenders.items()}
 
 
@@ -232,22 +251,27 @@ def shuffle_quality(n: int = 40_960) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--peers", metavar="PYTHON", help="interpreter that has the peers")
-    parser.add_argument("--folder", help="where the images are written; by default a temporary one")
-    parser.add_argument("--ours", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = program.parser(__doc__)
+    options.add_argument("--peers", metavar="PYTHON", help="interpreter that has the peers")
+    options.add_argument(
+        "--folder", help="where the images are written; by default a temporary one"
+    )
+    options.add_argument("--ours", nargs=3, help=argparse.SUPPRESS)
     torch.set_num_threads(1)
-    if options.ours:
-        what, folder, ahead = options.ours
+    if (of := options.parse_args().ours) is not None:
+        what, folder, ahead = of
         peers.serve(ours(what, folder, int(ahead)))
-        return
+    else:
+        program.run(options, measure_all, "torch", "pyarrow", "pillow")
+
+
+def measure_all(options: argparse.Namespace) -> list[Figure]:
     count, rounds = (8192, 2) if options.quick else (32768, 5)
-    print(f"{platform.processor() or platform.machine()}, load average {os.getloadavg()}")
-    figures = []
+    figures: list[Figure] = []
+    if not options.peers:
+        print("no peer is measured: `make bench` makes .venv-peers, for --peers")
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        for size in (32, 64):
+        for size in (32,) if options.quick else (32, 64):
             folder = Path(temporary) / str(size)
             share = write_all(folder, count, size)
             print(f"\n{count:,} images {size}x{size}x3; as PNG {share:.2f} of the raw pixels")
@@ -262,23 +286,23 @@ def main() -> None:
                 print(f"\n  images/s, {of}; load average {os.getloadavg()[0]:.1f}")
                 for name, rate in rates.items():
                     print(f"    {name:24}{rate:12,.0f}")
-                theirs = {name: rate for name, rate in rates.items() if name in peers.PEERS}
-                for what, goal in GOALS.items() if theirs else ():
-                    best = max(theirs, key=lambda name: theirs[name])
-                    mine = rates[f"ours, {what}"]
-                    figures.append(
-                        {
-                            "what": f"{size}x{size}, {what}, {of}",
-                            "ours": round(mine),
-                            "peer": round(theirs[best]),
-                            "peer_name": best,
-                            "unit": "images/s",
-                            "ratio": round(mine / theirs[best], 2),
-                            "goal": goal,
-                        }
-                    )
+                figures += figures_of(f"{size}x{size}", of, rates)
     shuffle_quality()
-    print(json.dumps(figures))
+    return figures
+
+
+def figures_of(size: str, cores: str, rates: dict[str, float]) -> list[Figure]:
+    """Of our ways of reading, beside the best peer where one was measured."""
+    theirs = {name: rate for name, rate in rates.items() if name in peers.PEERS}
+    found = []
+    for what, goal in GOALS.items():
+        named, mine = f"{size}, {what}, {cores}", rates[f"ours, {what}"]
+        if theirs:
+            best = max(theirs, key=lambda name: theirs[name])
+            found.append(figure(named, mine, theirs[best], best, goal))
+        else:
+            found.append(constant(named, mine, "images/s"))
+    return found
 
 
 if __name__ == "__main__":

@@ -27,29 +27,20 @@ sharp edges.
 --scale shows instead that time grows linearly and memory does not: 1, 4 and 16 times as many 64x64
 images. --decoders compares ways to decode and resize: images/s in one process, and how far the
 pixels are from those of a JPEG decoded whole and resized by Pillow's bicubic filter.
-
-The last line is JSON: [{"what", "ours", "peer", "peer_name", "unit", "ratio", "goal"}], ratio above
-1 where ours is better.
 """
 
 import argparse
 import contextlib
 import io
-import json
-import logging
-import multiprocessing
 import os
-import platform
-import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from threading import Barrier
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy is imported
 
@@ -68,9 +59,11 @@ from pipeline.data.listing import list_files
 from pipeline.data.pieces import Piece, look, pieces_of
 from pipeline.data.preprocess import preprocess_shard
 from pipeline.data.sources import Source, scan
-from tests.benchmarks.as_worker import as_worker
+from tests.benchmarks import program
+from tests.benchmarks.own_ray import run_stage, started_ray
+from tests.benchmarks.processes import at_once
+from tests.benchmarks.program import CONFIGS, Figure, figure
 
-CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
 TARGET, WORKERS = 64, 2
 IMAGES = {("JPEG", 256): 32_000, ("JPEG", 512): 24_000, ("PNG", 256): 8_000, ("PNG", 512): 3_000}
 """So many that our arm takes 10 seconds or more, its last tasks a small part of them; --quick takes
@@ -84,51 +77,24 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def main() -> None:
-    as_worker()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few images, one repeat")
-    parser.add_argument("--scale", action="store_true", help="time and memory over the images")
-    parser.add_argument("--decoders", action="store_true", help="ways to decode and resize")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each arm")
-    options = parser.parse_args()
-    packages = ["pillow", "pyarrow", "numpy", "ray", "simplejpeg", "opencv-python-headless"]
-    print(
-        f"{', '.join(f'{name} {there}' for name in packages if (there := installed(name)))}\n"
-        f"{WORKERS} workers of 1 thread on {os.cpu_count()} cores, "
-        f"{platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.2f}"
-    )
+    options = program.parser(__doc__)
+    options.add_argument("--scale", action="store_true", help="time and memory over the images")
+    options.add_argument("--decoders", action="store_true", help="ways to decode and resize")
+    options.add_argument("--rounds", type=int, default=3, help="turns of each arm")
+    packages = ("pillow", "pyarrow", "numpy", "ray", "simplejpeg", "opencv-python-headless")
+    program.run(options, measure, *packages)
+
+
+def measure(options: argparse.Namespace) -> list[Figure]:
+    print(f"{WORKERS} workers of 1 thread")
     if options.decoders:
-        results = compare_decoders(options.quick)
-    else:
-        with tempfile.TemporaryDirectory() as folder, started_ray():
-            if options.scale:
-                results = measure_scale(Path(folder), options.quick)
-            else:
-                rounds = 1 if options.quick else options.rounds
-                results = compare_pipelines(Path(folder), options.quick, rounds)
-    print(f"load at the end {os.getloadavg()[0]:.2f}")
-    print(json.dumps(results))
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def result(
-    what: str, ours: float, peer: float, peer_name: str, goal: float | None, unit: str = "images/s"
-) -> dict[str, Any]:
-    return {
-        "what": what,
-        "ours": round(ours, 1),
-        "peer": round(peer, 1),
-        "peer_name": peer_name,
-        "unit": unit,
-        "ratio": round(ours / peer, 3),
-        "goal": goal,
-    }
+        return compare_decoders(options.quick)
+    with tempfile.TemporaryDirectory() as folder, started_ray(WORKERS):
+        if options.scale:
+            return measure_scale(Path(folder), options.quick)
+        return compare_pipelines(
+            Path(folder), options.quick, 1 if options.quick else options.rounds
+        )
 
 
 # --- images -------------------------------------------------------------------------------------
@@ -174,28 +140,6 @@ def write_folder(folder: Path, files: list[bytes], suffix: str, count: int) -> s
 # --- arms ---------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def started_ray() -> Iterator[None]:
-    import ray
-    import ray.data
-
-    logging.disable(logging.WARNING)  # Ray Data reports every execution
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets want a short path
-        ray.init(
-            address="local",
-            num_cpus=WORKERS,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            _temp_dir=folder,
-        )
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
 def config_of(source: str, uri: str) -> RunConfig:
     values = {
         "storage": uri,
@@ -205,27 +149,18 @@ def config_of(source: str, uri: str) -> RunConfig:
         "data.images_per_shard": DataConfig.model_fields["images_per_shard"].default,
         "network.attention_at": "[]",
     }
-    return load_config(str(CONFIG), [f"{key}={value}" for key, value in values.items()])
+    return load_config(
+        str(CONFIGS / "digits.yaml"), [f"{key}={value}" for key, value in values.items()]
+    )
 
 
 def preprocess(source: str, folder: Path, count: int) -> float:
     """The seconds that the stage takes, from listing the source to the manifest."""
-    from tasks import workflow
-    from tasks.console import Board
-    from tasks.plan import make_plan
-    from tasks.preprocess import look_on_cluster
-    from tasks.stage import Look
-    from tasks.stages import STAGES, tracked_run
-
-    uri = f"{folder}/{time.monotonic_ns()}"
-    config = config_of(source, uri)
-    with contextlib.redirect_stdout(io.StringIO()):
-        begin = time.perf_counter()
-        look = Look(remember=True, into=look_on_cluster)
-        plan = make_plan(STAGES, config, f"sqlite:///{uri}/mlflow.db", "preprocess", look)
-        workflow.run(plan, Board(), tracked_run)
-        seconds = time.perf_counter() - begin
-    manifest = storage.read_manifest(plan["preprocess"].folder)
+    config = config_of(source, f"{folder}/{time.monotonic_ns()}")
+    begin = time.perf_counter()
+    made = run_stage(config, "preprocess")
+    seconds = time.perf_counter() - begin
+    manifest = storage.read_manifest(made)
     assert manifest is not None
     assert sum(manifest.stats["num_images"].values()) == count
     return seconds
@@ -279,10 +214,11 @@ def floor(source: str) -> float:
 def floor_at_once(source: str) -> float:
     """Of as many processes as workers, a part of the files each."""
     paths = sorted(Path(source).rglob("*.*"))
-    return at_once(decode_all, [(paths[i::WORKERS],) for i in range(WORKERS)])
+    return max(at_once(decode_all, [(paths[i::WORKERS],) for i in range(WORKERS)]))
 
 
 def look_and_preprocess(
+    first: int,
     pieces: list[Piece],
     shards: list[InputShard],
     source: Source,
@@ -290,20 +226,21 @@ def look_and_preprocess(
     folder: str,
     ready: Barrier,
 ) -> float:
-    """The seconds that it takes to look into some of the files, and then our task for some shards.
+    """The seconds that it takes to look into a part of the files, and our task for as many shards.
 
     Args:
+        first: of the pieces and of the shards; then each WORKERS-th. There may be none for it.
         ready: waited for before either.
     """
-    first = replace(shards[0], items=shards[0].items.slice(0, 1))
+    one_image = replace(shards[0], items=shards[0].items.slice(0, 1))
     look(pieces[0])  # imports what it needs, as does the next
-    preprocess_shard(first, config, source.class_names, f"{folder}/first")
+    preprocess_shard(one_image, config, source.class_names, f"{folder}/first-{first}")
     ready.wait()
     begin = time.perf_counter()
-    for piece in pieces:
+    for piece in pieces[first::WORKERS]:
         look(piece, f"{folder}/index")
     ready.wait()
-    for shard in shards:
+    for shard in shards[first::WORKERS]:
         preprocess_shard(shard, config, source.class_names, folder)
     return time.perf_counter() - begin
 
@@ -314,22 +251,14 @@ def same_work_at_once(source: str, folder: Path) -> float:
     config = config_of(source, out).data
     pieces, scanned = pieces_of(*list_files(source)), scan(config)
     shards = cut(scanned, config.images_per_shard)
-    work = [(pieces[i::WORKERS], shards[i::WORKERS], scanned, config, out) for i in range(WORKERS)]
-    return at_once(look_and_preprocess, work)
-
-
-def at_once(loop: Callable[..., float], arguments: list[tuple[Any, ...]]) -> float:
-    """The seconds of the slowest of processes that start at the same time."""
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, context.Pool(len(arguments)) as pool:
-        ready = manager.Barrier(len(arguments))
-        return max(pool.starmap(loop, [(*of, ready) for of in arguments]))
+    work = [(i, pieces, shards, scanned, config, out) for i in range(WORKERS)]
+    return max(at_once(look_and_preprocess, work))
 
 
 # --- comparisons --------------------------------------------------------------------------------
 
 
-def compare_pipelines(folder: Path, quick: bool, rounds: int) -> list[dict[str, Any]]:
+def compare_pipelines(folder: Path, quick: bool, rounds: int) -> list[Figure]:
     arms: dict[tuple[str, int], dict[str, Callable[[], float]]] = {}
     for (format, size), images in IMAGES.items():
         count = images // 40 if quick else images
@@ -368,13 +297,10 @@ def compare_pipelines(folder: Path, quick: bool, rounds: int) -> list[dict[str, 
         count = IMAGES[kind] // 40 if quick else IMAGES[kind]
         rates[kind] = {name: [count / s for s in of] for name, of in seconds[kind].items()}
     for name in next(iter(rates.values())):
-        cells = [
-            f"{statistics.median(of[name]):,.0f} ({min(of[name]):,.0f} to {max(of[name]):,.0f})"
-            for of in rates.values()
-        ]
+        cells = [program.spread(of[name], 0) for of in rates.values()]
         print(f"{name:<34}" + "".join(f"{cell:<26}" for cell in cells))
     for (format, size), of in rates.items():
-        medians = {name: statistics.median(values) for name, values in of.items()}
+        medians = program.medians(of)
         ours, *forms, same_work, two_loops, decoder = medians
         form = max(forms, key=lambda name: medians[name])
         what = f"preprocess {size}-pixel {format} to {TARGET}x{TARGET}"
@@ -384,13 +310,13 @@ def compare_pipelines(folder: Path, quick: bool, rounds: int) -> list[dict[str, 
             (two_loops, GOAL_FLOOR),
             (same_work, GOAL_FLOOR),
         ):
-            results.append(result(what, medians[ours], medians[name], name, goal))
+            results.append(figure(what, medians[ours], medians[name], name, goal))
         what = f"the same work in bare processes, {size}-pixel {format}"
-        results.append(result(what, medians[same_work], medians[two_loops], two_loops, GOAL_FLOOR))
+        results.append(figure(what, medians[same_work], medians[two_loops], two_loops, GOAL_FLOOR))
     return results
 
 
-def measure_scale(folder: Path, quick: bool) -> list[dict[str, Any]]:
+def measure_scale(folder: Path, quick: bool) -> list[Figure]:
     counts = [count // 25 for count in SCALES] if quick else list(SCALES)
     files = pictures("JPEG", TARGET, NUM_PICTURES)
     preprocess(write_folder(folder / "first", files, "jpeg", 200), folder, 200)
@@ -407,7 +333,7 @@ def measure_scale(folder: Path, quick: bool) -> list[dict[str, Any]]:
             flush=True,
         )
     what = f"preprocess {counts[-1]:,} images of {TARGET}x{TARGET}"
-    return [result(what, rates[-1], rates[0], f"the same with {counts[0]:,} images", 0.9)]
+    return [figure(what, rates[-1], rates[0], f"the same with {counts[0]:,} images", 0.9)]
 
 
 @contextlib.contextmanager
@@ -481,7 +407,12 @@ def ways_to_decode() -> dict[str, Callable[[bytes], np.ndarray]]:
     return ways
 
 
-def compare_decoders(quick: bool) -> list[dict[str, Any]]:
+def _decode_each(way: Callable[[bytes], np.ndarray], files: list[bytes]) -> None:
+    for raw in files:
+        way(raw)
+
+
+def compare_decoders(quick: bool) -> list[Figure]:
     results = []
     for format, size in IMAGES:
         files = pictures(format, size, 8 if quick else NUM_PICTURES)
@@ -492,21 +423,17 @@ def compare_decoders(quick: bool) -> list[dict[str, Any]]:
             for name, way in ways_to_decode().items()
             if format == "JPEG" or not ("draft" in name or "simplejpeg" in name)
         }
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(2 if quick else DECODER_ROUNDS):
-            for name, way in ways.items():
-                begin = time.process_time()  # one thread each: other work does not count
-                for raw in files:
-                    way(raw)
-                seconds[name].append((time.process_time() - begin) / len(files))
-        rates = {name: 1 / statistics.median(of) for name, of in seconds.items()}
+        arms = {name: partial(_decode_each, way, files) for name, way in ways.items()}
+        # one thread each: other work does not count
+        seconds = program.in_turn(arms, 2 if quick else DECODER_ROUNDS, time.process_time)
+        rates = {name: len(files) / took for name, took in program.medians(seconds).items()}
         print(f"{f'{format} {size} to {TARGET}':<30}{'images/s':>10}{'mean diff':>11}{'max':>5}")
         for name, way in ways.items():
             apart = np.abs(np.stack([way(raw) for raw in files]) - want)
             print(f"{name:<30}{rates[name]:>10,.0f}{apart.mean():>11.2f}{apart.max():>5}")
         ours = rates["pipeline.data.images.decode"]
         what = f"decode and resize {size}-pixel {format}"
-        results.append(result(what, ours, rates["Pillow"], "Pillow, decoded whole", 1.0))
+        results.append(figure(what, ours, rates["Pillow"], "Pillow, decoded whole", 1.0))
     return results
 
 

@@ -17,25 +17,18 @@ part in it.
 
 Then a worker of two is killed with SIGKILL, and the clock runs until the first step is done by
 those that take its place, and until the first step that had not been done before.
-
-The last line is JSON: [{"what", "ours", "peer", "peer_name", "unit", "ratio", "goal"}], ratio above
-1 where ours is better.
 """
 
 import argparse
 import contextlib
-import io
 import itertools
-import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -53,44 +46,32 @@ from pipeline.diffusion.schedules import make_schedule
 from pipeline.training import checkpoint
 from pipeline.training.inputs import step_inputs
 from pipeline.training.loop import make_state, train
-from tests.benchmarks.as_worker import as_worker
-from tests.benchmarks.preprocess import result, started_ray
+from tests.benchmarks import program
+from tests.benchmarks.own_ray import run_stage, started_ray
+from tests.benchmarks.processes import Failed, at_once
+from tests.benchmarks.program import CONFIGS, Figure, constant, figure
 
-CONFIG = Path(__file__).parents[2] / "configs" / "fashion_mnist.yaml"
-BATCH, WINDOW = 64, 5
-"""Images a step of all workers; steps between two looks at the clock."""
+CONFIG = CONFIGS / "fashion_mnist.yaml"
+WORKERS, BATCH, WINDOW = 2, 64, 5
+"""Most workers; images a step of all of them; steps between two looks at the clock."""
 STEPS, ROUNDS, KILLS = 40, 3, 3
-QUICK_STEPS, QUICK_BATCH = 15, 8
+QUICK_STEPS, QUICK_BATCH, QUICK_NETWORK = 15, 8, "network.base_channels=16"
 SAVED_EVERY, KILLED_AT = 5, 8
 """Steps, of the runs in which a worker is killed."""
 GOAL_RAY, GOAL_TWO, GOAL_CHECKPOINTS = 0.98, 1.8, 0.98
 
 
 def main() -> None:
-    as_worker()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small batches, few steps, one repeat")
-    parser.add_argument("--bare", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.bare:
-        shard_set, *overrides = options.bare
-        print(json.dumps(bare_loop(load_config(str(CONFIG), overrides), shard_set)))
-        return
-    import ray
+    program.run(program.parser(__doc__), measure, "torch", "ray")
 
-    print(
-        f"torch {torch.__version__}, ray {ray.__version__}; "
-        f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, "
-        f"load {os.getloadavg()[0]:.2f}"
-    )
-    with tempfile.TemporaryDirectory() as folder, started_ray():
+
+def measure(options: argparse.Namespace) -> list[Figure]:
+    with tempfile.TemporaryDirectory() as folder, started_ray(WORKERS):
         bench = Bench(Path(folder), options.quick)
-        results = [*bench.compare(), bench.recover()]
-    print(f"load at the end {os.getloadavg()[0]:.2f}")
-    print(json.dumps(results))
+        return [*bench.compare(), bench.recover()]
 
 
-def bare_loop(config: PipelineConfig, shard_set: str) -> list[float]:
+def bare_loop(config: PipelineConfig, shard_set: str, ready: Barrier) -> list[float]:
     """Seconds of each window of steps, without Ray."""
     from tasks.train_worker import model_spec
 
@@ -106,6 +87,7 @@ def bare_loop(config: PipelineConfig, shard_set: str) -> list[float]:
     seconds = []
     device = torch.device("cpu")
     inputs = step_inputs(batches, spec.num_classes, 0, training.steps, device)
+    ready.wait()
     with contextlib.closing(inputs):
         since = time.monotonic()
         for record in train(
@@ -132,7 +114,7 @@ class Bench:
         self.folder, self.quick = folder, quick
         self.batch = QUICK_BATCH if quick else BATCH
         self.steps = QUICK_STEPS if quick else STEPS
-        self.shard_set = self.preprocess()
+        self.shard_set = run_stage(self.config(1), "preprocess")
         self.count = itertools.count()
 
     def overrides(self, **training: Any) -> list[str]:
@@ -149,39 +131,21 @@ class Bench:
             "training.checkpoint_every": WINDOW * self.steps,
             **{f"training.{name}": value for name, value in training.items()},
         }
-        return [f"{key}={value}" for key, value in values.items()]
+        quick = [QUICK_NETWORK] if self.quick else []
+        return [*quick, *(f"{key}={value}" for key, value in values.items())]
 
     def config(self, workers: int, **training: Any) -> PipelineConfig:
         overrides = [*self.overrides(**training), f"cluster.workers={workers}"]
         return load_config(str(CONFIG), overrides)
 
-    def preprocess(self) -> str:
-        from tasks import workflow
-        from tasks.console import Board
-        from tasks.plan import make_plan
-        from tasks.stage import Look
-        from tasks.stages import STAGES, tracked_run
-
-        with contextlib.redirect_stdout(io.StringIO()):
-            tracking = f"sqlite:///{self.folder}/mlflow.db"
-            plan = make_plan(STAGES, self.config(1), tracking, "preprocess", Look(remember=True))
-            workflow.run(plan, Board(), tracked_run)
-        return plan["preprocess"].folder
-
     # --- arms: images a second of each window, without the first ---
 
-    def bare(self, at_once: int) -> list[float]:
+    def bare(self, count: int) -> list[float]:
         """Of all processes together."""
-        overrides = self.overrides(batch_size=self.batch // at_once)
-        command = [sys.executable, "-m", __spec__.name, "--bare", self.shard_set, *overrides]
-        processes = [
-            subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(at_once)
-        ]
-        outputs = [process.communicate()[0] for process in processes]
-        if any(process.returncode for process in processes):
-            sys.exit("error: a bare loop failed, as it says above")
-        windows = zip(*(json.loads(output.splitlines()[-1]) for output in outputs), strict=True)
-        images = WINDOW * self.batch // at_once
+        config = load_config(str(CONFIG), self.overrides(batch_size=self.batch // count))
+        outputs = at_once(bare_loop, [(config, self.shard_set)] * count)
+        windows = zip(*outputs, strict=True)
+        images = WINDOW * self.batch // count
         return [sum(images / seconds for seconds in window) for window in windows][1:]
 
     def under_ray(self, workers: int, **training: Any) -> list[float]:
@@ -195,7 +159,7 @@ class Bench:
 
     # --- comparisons ---
 
-    def compare(self) -> list[dict[str, Any]]:
+    def compare(self) -> list[Figure]:
         arms: dict[str, Callable[[], list[float]]] = {
             "bare loop": lambda: self.bare(1),
             "Ray Train, 1 worker": lambda: self.under_ray(1),
@@ -207,11 +171,11 @@ class Bench:
         for _ in range(1 if self.quick else ROUNDS):
             for name, arm in arms.items():
                 rates[name] += arm()
+        medians = program.medians(rates)
         print(f"{self.batch} images a step, windows of {WINDOW} steps")
         print(f"{'':<36}{'images/s, median (least to most)':<36}")
-        medians = {name: statistics.median(of) for name, of in rates.items()}
         for name, of in rates.items():
-            print(f"{name:<36}{medians[name]:,.1f} ({min(of):,.1f} to {max(of):,.1f})")
+            print(f"{name:<36}{program.spread(of)}")
 
         bare, one, at_once, two, saving = medians.values()
         each = WINDOW * self.batch * (1 / saving - 1 / two)
@@ -225,12 +189,12 @@ class Bench:
         )
         a_minute = two * 60 / (60 + each)
         return [
-            result("training under Ray Train, 1 worker", one, bare, "the bare loop", GOAL_RAY),
-            result("training on 2 cores, 2 workers", two, one, "1 worker on 1 core", GOAL_TWO),
-            result("a checkpoint a minute", a_minute, two, "no checkpoint", GOAL_CHECKPOINTS),
+            figure("training under Ray Train, 1 worker", one, bare, "the bare loop", GOAL_RAY),
+            figure("training on 2 cores, 2 workers", two, one, "1 worker on 1 core", GOAL_TWO),
+            figure("a checkpoint a minute", a_minute, two, "no checkpoint", GOAL_CHECKPOINTS),
         ]
 
-    def recover(self) -> dict[str, Any]:
+    def recover(self) -> Figure:
         """Kill a worker in the middle; how long it takes until there is a step again."""
         until_first, until_new = [], []
         for _ in range(1 if self.quick else KILLS):
@@ -238,15 +202,8 @@ class Bench:
             until_first.append(first)
             until_new.append(new)
             print(f"after SIGKILL: {first:.1f} s to a step, {new:.1f} s to one not done before")
-        return {
-            "what": f"from SIGKILL of a rank to the first step, a checkpoint every {SAVED_EVERY}",
-            "ours": round(statistics.median(until_first), 1),
-            "peer": None,
-            "peer_name": None,
-            "unit": "s",
-            "ratio": None,
-            "goal": None,
-        }
+        what = f"from SIGKILL of a rank to the first step, a checkpoint every {SAVED_EVERY}"
+        return constant(what, statistics.median(until_first), "s")
 
     def kill_one(self) -> tuple[float, float]:
         """Seconds from the kill to the first step, and to the first that was not done before."""
@@ -275,7 +232,8 @@ class Bench:
                 training_workers()[-1].kill()
                 killed = time.monotonic()
             time.sleep(0.02)
-        assert killed and first and new, "the training ended before it was killed, or never went on"
+        if not (killed and first and new):
+            raise Failed("the training ended before a worker was killed, or did not go on after it")
         return first - killed, new - killed
 
 

@@ -1,8 +1,10 @@
 """How good the samples of each sampler are for how many evaluations of the network.
 
-    python -m tests.benchmarks.sampler_quality MODEL [--quick]
+    python -m tests.benchmarks.sampler_quality MODEL
+    python -m tests.benchmarks.sampler_quality --quick [MODEL]
 
-MODEL is a checkpoint's folder, the folder of a finished training, or NAME@ALIAS. Quality is the
+MODEL is a checkpoint's folder, the folder of a finished training, or NAME@ALIAS, as `ddpm run`
+leaves them; without one --quick trains a small network on digits first. Quality is the
 Fréchet distance between the samples and the real training images in the feature space of the
 judge, the classifier of pipeline/evaluation/features.py; so the figures compare with each other and
 with no published FID. They are biased upwards by the number of samples, which is the same for all:
@@ -13,16 +15,11 @@ evaluations. With one seed ± is the standard deviation over bootstrap resamples
 several, figures are means over the seeds and ± is the mean's standard error. The sampler that is
 best at 20 evaluations is compared with ancestral sampling; since it is chosen by the same figures,
 a lead within ± says little.
-
-The last line is JSON: [{"what", "ours", "peer", "peer_name", "unit", "ratio", "goal"}], ratio above
-1 where ours is better.
 """
 
 import argparse
-import json
 import os
-import platform
-import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +30,10 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
+from pipeline.config import load_config
 from pipeline.data.parts import images_at
 from pipeline.data.shards import ImageSet
-from pipeline.errors import PipelineError, RequestError
+from pipeline.errors import RequestError
 from pipeline.evaluation.extractors import CLASSIFIER, Extractor, by_classifier, load_classifier
 from pipeline.evaluation.features import TrainedClassifier, train_classifier
 from pipeline.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
@@ -45,7 +43,10 @@ from pipeline.samplers.config import SamplingConfig, check_sampling
 from pipeline.samplers.model import SOLVERS, Model, make_plan
 from pipeline.serving.engine import Engine, ImageRequest
 from pipeline.training.checkpoint import checkpoint_name
-from tests.benchmarks.as_worker import as_worker
+from tests.benchmarks import program
+from tests.benchmarks.own_ray import run_stage, started_ray
+from tests.benchmarks.processes import Failed
+from tests.benchmarks.program import CONFIGS, Figure, figure
 
 SAMPLERS: dict[str, dict[str, Any]] = {
     "ancestral": {"sampler": "ancestral"},
@@ -66,6 +67,15 @@ COMPARED_AT = 20
 GOAL = 1 / 1.05
 """Within 5 % of ancestral sampling."""
 NUM_RESAMPLES = 40
+SMALL = [
+    "network.base_channels=8",
+    "training.steps=40",
+    "training.log_every=20",
+    "training.checkpoint_every=40",
+    "training.warmup_steps=5",
+    "evaluation.during_training=0",
+]
+"""What makes configs/digits.yaml small."""
 
 
 @dataclass(frozen=True)
@@ -106,16 +116,32 @@ def uncertainty(spread: np.ndarray, num_seeds: int) -> float:
 
 
 def main() -> None:
-    as_worker()
-    options = parse()
-    torch.set_num_threads(options.threads)
-    try:
-        uri, tracking_uri, shard_set = locate(options)
-        model = load_model(uri, tracking_uri)
-        judge, train, holdout = make_judge(options, shard_set, model.spec.num_classes)
-    except (PipelineError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    program.run(parser(), measure_all, "torch")
 
+
+def measure_all(options: argparse.Namespace) -> list[Figure]:
+    complete(options)
+    if options.model:
+        return compare_samplers(options)
+    if not options.quick:
+        raise Failed("a MODEL is missing: `ddpm run configs/digits.yaml` makes digits@champion")
+    with tempfile.TemporaryDirectory() as options.storage:
+        options.model = train_small(options.storage)
+        return compare_samplers(options)
+
+
+def train_small(folder: str) -> str:
+    """A network that has seen digits for some steps; the output of the stage `train`."""
+    config = load_config(str(CONFIGS / "digits.yaml"), [*SMALL, f"storage={folder}"])
+    with started_ray(config.cluster.min_workers + 1):  # and a preview
+        return run_stage(config, "train")
+
+
+def compare_samplers(options: argparse.Namespace) -> list[Figure]:
+    torch.set_num_threads(options.threads)
+    uri, tracking_uri, shard_set = locate(options)
+    model = load_model(uri, tracking_uri)
+    judge, train, holdout = make_judge(options, shard_set, model.spec.num_classes)
     n, spec = options.n, model.spec
     print(
         f"{options.model}: {n} images of {spec.image_shape} a seed, "
@@ -123,8 +149,7 @@ def main() -> None:
         f"{spec.diffusion.schedule} schedule, prediction {spec.diffusion.prediction}\n"
         f"judge: {judge.classifier.holdout_accuracy:.1%} right on {judge.classifier.holdout_n} "
         f"images held out; features of {len(train)} training images\n"
-        f"torch {torch.__version__}, {options.threads} threads of {os.cpu_count()} cores, "
-        f"{platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.2f}"
+        f"{options.threads} threads, load {os.getloadavg()[0]:.2f}"
     )
     floor = real_distances(judge, train, holdout, n)
     results = []
@@ -140,44 +165,47 @@ def main() -> None:
     print()
     print_table(results)
     if options.no_reference:
-        return
+        return []
     reference = next(r for r in results if r.asked == options.reference)
     for what, distance in floor.items():
         print(f"{what:<26} {distance:8.2f}")
-    draw_curves(results, reference, floor, options.out)
-    print(f"curves in {options.out}; load {os.getloadavg()[0]:.2f}")
-    print(json.dumps([compare(results, reference)]))
+    out = options.out or Path(options.storage) / "sampler_quality.png"
+    draw_curves(results, reference, floor, out)
+    print(f"curves in {out}; load {os.getloadavg()[0]:.2f}")
+    return [compare(results, reference)]
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="a checkpoint's or a training's folder, or NAME@ALIAS")
-    parser.add_argument("--quick", action="store_true", help="few images, few evaluations")
-    parser.add_argument("-n", type=int, help="images a sampler (2000; quick: 200)")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    made = program.parser(__doc__)
+    made.add_argument("model", nargs="?", help="a folder, or NAME@ALIAS")
+    made.add_argument("-n", type=int, help="images a sampler (2000; quick: 100)")
+    made.add_argument(
         "--evaluations", type=int, nargs="+", help=f"of the network, {COMPARED_AT} among them"
     )
-    parser.add_argument("--guidance", type=float, default=0.0)
-    parser.add_argument("--spacing", nargs="+", help="one or more; trailing")
-    parser.add_argument("--only", nargs="+", choices=SAMPLERS, help="these; all")
-    parser.add_argument("--no-reference", action="store_true", help="no ancestral sampling")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=256, help="of a network call")
-    parser.add_argument("--storage", default="runs", help="where the stages' outputs lie")
-    parser.add_argument("--shards", help="the ShardSet's folder, if the model does not say")
-    parser.add_argument("--tracking", default="sqlite:///mlflow.db")
-    parser.add_argument("--judge-epochs", type=int, default=30, help="if there is no judge yet")
-    parser.add_argument("--out", type=Path, help="PNG (STORAGE/sampler_quality.png)")
-    options = parser.parse_args()
-    options.n = options.n or (200 if options.quick else 2000)
+    made.add_argument("--guidance", type=float, default=0.0)
+    made.add_argument("--spacing", nargs="+", help="one or more; trailing")
+    made.add_argument("--only", nargs="+", choices=SAMPLERS, help="these; all")
+    made.add_argument("--no-reference", action="store_true", help="no ancestral sampling")
+    made.add_argument("--seeds", type=int, nargs="+", default=[0])
+    made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--rows", type=int, default=256, help="of a network call")
+    made.add_argument("--storage", default="runs", help="where the stages' outputs lie")
+    made.add_argument("--shards", help="the ShardSet's folder, if the model does not say")
+    made.add_argument("--tracking", default="sqlite:///mlflow.db")
+    made.add_argument("--judge-epochs", type=int, help="if there is no judge yet (30; quick: 2)")
+    made.add_argument("--out", type=Path, help="PNG (STORAGE/sampler_quality.png)")
+    return made
+
+
+def complete(options: argparse.Namespace) -> None:
+    """What was not given."""
+    options.n = options.n or (100 if options.quick else 2000)
+    options.judge_epochs = options.judge_epochs or (2 if options.quick else 30)
     if options.evaluations is None:
         options.evaluations = (5, COMPARED_AT) if options.quick else EVALUATIONS
     elif COMPARED_AT not in options.evaluations:
-        parser.error(f"--evaluations must have {COMPARED_AT}, where samplers are compared")
+        raise Failed(f"--evaluations must have {COMPARED_AT}, where samplers are compared")
     options.reference = 100 if options.quick else 1000
-    options.out = options.out or Path(options.storage) / "sampler_quality.png"
-    return options
 
 
 # --- the model and its judge --------------------------------------------------------------------
@@ -201,7 +229,7 @@ def locate(options: argparse.Namespace) -> tuple[str, str | None, str]:
     if options.shards:
         return uri, tracking_uri, options.shards
     if shard_set_id is None:
-        raise FileNotFoundError(f"{options.model} does not name its ShardSet: give --shards FOLDER")
+        raise Failed(f"{options.model} does not name its ShardSet: give --shards FOLDER")
     return uri, tracking_uri, storage.join(options.storage, "preprocess", shard_set_id)
 
 
@@ -211,7 +239,7 @@ def make_judge(
     """The judge that the run made of the same images, or a new one; and the images."""
     manifest = storage.read_manifest(shard_set)
     if manifest is None:
-        raise FileNotFoundError(f"there is no complete ShardSet at {shard_set}")
+        raise Failed(f"there is no complete ShardSet at {shard_set}")
     counts = manifest.stats["num_images"]
     train, holdout = (
         images_at(shard_set, split, np.arange(counts[split])) for split in ("train", "holdout")
@@ -228,7 +256,7 @@ def make_judge(
             classifier = load_classifier(storage.join(parent, name))
     if classifier is None:
         if num_classes < 2:
-            raise FileNotFoundError("a model without classes has no judge to measure it with")
+            raise Failed("a model without classes has no judge to measure it with")
         print(f"training a judge, {options.judge_epochs} epochs ...", flush=True)
         classifier = train_classifier(train, holdout, num_classes, 0, options.judge_epochs)
     extractor = by_classifier("judge", "", classifier)
@@ -323,7 +351,7 @@ def bootstrap(judge: Judge, of: Tensor) -> list[float]:
     return [judge.distance(of[rng.integers(0, len(of), len(of))]) for _ in range(NUM_RESAMPLES)]
 
 
-def compare(results: list[Result], reference: Result) -> dict[str, Any]:
+def compare(results: list[Result], reference: Result) -> Figure:
     """The best sampler at COMPARED_AT evaluations against the reference."""
     best = min((r for r in results if r.asked == COMPARED_AT), key=lambda r: r.distance)
     ratio_error = uncertainty(reference.spread / best.spread, best.num_seeds)
@@ -332,15 +360,15 @@ def compare(results: list[Result], reference: Result) -> dict[str, Any]:
         f"{reference.evaluations}: {show(reference)}; ratio "
         f"{reference.distance / best.distance:.3f} ± {ratio_error:.3f}"
     )
-    return {
-        "what": f"Fréchet distance at {COMPARED_AT} network evaluations, best sampler: {best.name}",
-        "ours": round(best.distance, 4),
-        "peer": round(reference.distance, 4),
-        "peer_name": f"ancestral, {reference.evaluations} evaluations",
-        "unit": "squared distance in the judge's features",
-        "ratio": round(reference.distance / best.distance, 4),
-        "goal": round(GOAL, 4),
-    }
+    return figure(
+        f"Fréchet distance at {COMPARED_AT} network evaluations, best sampler: {best.name}",
+        best.distance,
+        reference.distance,
+        f"ancestral, {reference.evaluations} evaluations",
+        round(GOAL, 4),
+        "squared distance in the judge's features",
+        less_is_better=True,
+    )
 
 
 # --- for people ---------------------------------------------------------------------------------

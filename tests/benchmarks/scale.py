@@ -18,26 +18,17 @@
 Each size of the first three has a process of its own, whose peak of memory, less what it has after
 its imports (and after the start of Ray), is shown. "Growth" is the time of an item at the largest
 size over that at the smallest: 1 is linear, and what is quadratic would be 100.
-
-The last line is JSON: [{"what", "ours", "peer", "peer_name", "unit", "ratio", "goal"}], ratio above
-1 where ours is better.
 """
 
 import argparse
 import asyncio
-import json
 import logging
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +48,11 @@ from pipeline.data.shards import part_path
 from pipeline.data.sources import scan
 from pipeline.data.summary import SHEET_PARTS
 from pipeline.storage import FileEntry, Manifest
-from tests.benchmarks.as_worker import as_worker
+from tests.benchmarks import program
+from tests.benchmarks.own_ray import started_ray
+from tests.benchmarks.processes import alone
+from tests.benchmarks.program import CONFIGS, Figure, constant, figure
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SHARDS, ENTRIES, IMAGES = (1_000, 10_000, 100_000), (10_000, 100_000, 1_000_000), 1_000_000
 REPLICAS, IN_HAND, CHOICES = (10, 100, 1_000), 16, 2_000
 REQUESTS = (100, 1_000, 10_000)
@@ -71,61 +64,31 @@ PARTS = ("driver", "list", "scan", "router", "constants")
 
 
 def main() -> None:
-    as_worker()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        name, size = options.child
-        print(json.dumps(CHILDREN[name](int(size))))
-        return
-    print(f"{os.cpu_count()} cores, {platform.machine()}, load {os.getloadavg()[0]:.2f}")
+    options = program.parser(__doc__)
+    options.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    program.run(options, measure, "torch", "ray", "pyarrow", "mlflow")
+
+
+def measure(options: argparse.Namespace) -> list[Figure]:
     by = QUICK if options.quick else 1
-    measures: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+    measures: dict[str, Callable[[int], list[Figure]]] = {
         "driver": measure_driver,
         "list": measure_list,
         "scan": measure_scan,
         "router": measure_router,
         "constants": measure_constants,
     }
-    results = [entry for name in PARTS if name in options.only for entry in measures[name](by)]
-    print(f"load at the end {os.getloadavg()[0]:.2f}")
-    print(json.dumps(results))
+    return [found for name in PARTS if name in options.only for found in measures[name](by)]
 
 
-def constant(what: str, value: float, unit: str) -> dict[str, Any]:
-    """A figure that is compared with none."""
-    rounded = float(f"{value:.4g}")
-    return {"what": what, "ours": rounded, "unit": unit} | dict.fromkeys(
-        ("peer", "peer_name", "ratio", "goal")
-    )
-
-
-def growth(what: str, sizes: list[int], seconds: list[float], unit: str) -> dict[str, Any]:
+def growth(what: str, sizes: list[int], seconds: list[float], unit: str) -> Figure:
     """The time of an item at the smallest size against that at the largest."""
     first, last = (1e6 * seconds[i] / sizes[i] for i in (0, -1))
-    return {
-        "what": f"{what}, {sizes[-1]:,} of them",
-        "ours": round(last, 1),
-        "peer": round(first, 1),
-        "peer_name": f"{sizes[0]:,} of them",
-        "unit": unit,
-        "ratio": round(first / last, 3),
-        "goal": GOAL_GROWTH,
-    }
+    whole, few = f"{what}, {sizes[-1]:,} of them", f"{sizes[0]:,} of them"
+    return figure(whole, last, first, few, GOAL_GROWTH, unit, less_is_better=True)
 
 
 # --- processes of their own -----------------------------------------------------------------------
-
-
-def in_a_process(name: str, size: int) -> dict[str, float]:
-    """What the function of that name in CHILDREN returns."""
-    command = [sys.executable, "-m", __spec__.name, "--child", name, str(size)]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    found: dict[str, float] = json.loads(output.splitlines()[-1])
-    return found
 
 
 def memory(peak: bool) -> float:
@@ -198,14 +161,14 @@ def run_driver(num_shards: int) -> dict[str, float]:
     from pipeline.config import load_config
     from tasks import preprocess
     from tasks.stage import StageContext
-    from tests.benchmarks.preprocess import started_ray
+    from tests.benchmarks import scale  # not this __main__, which Ray's workers cannot import
 
     real = frozenset(np.linspace(0, num_shards - 1, SHEET_PARTS).astype(int).tolist())
 
     def task(*call: Any) -> dict[str, Any]:
-        return empty_task(*call, real)
+        return scale.empty_task(*call, real)
 
-    with tempfile.TemporaryDirectory() as folder, started_ray():
+    with tempfile.TemporaryDirectory() as folder, started_ray(2):
         preprocess._preprocess_task = ray.remote(max_retries=3)(task)
         values = {
             "storage": f"{folder}/runs",
@@ -234,14 +197,14 @@ def _no_run() -> Any:
     raise AssertionError("preprocess logs nothing")
 
 
-def measure_driver(by: int) -> list[dict[str, Any]]:
+def measure_driver(by: int) -> list[Figure]:
     print("\nthe driver of preprocess, empty tasks on 2 CPUs")
     head = ("seconds", "tasks/s", "µs a task", "its CPU µs", "its MB")
     print(f"{'shards':>10} " + " ".join(f"{name:>10}" for name in head))
     sizes = [size // by for size in SHARDS]
     seconds, found = [], {}
     for size in sizes:
-        found = in_a_process("driver", size)
+        found = alone(run_driver, size)
         seconds.append(found["run"])
         each, used = 1e6 * found["run"] / size, 1e6 * found["CPU"] / size
         print(f"{size:>10,} {found['run']:>10.1f} {1e6 / each:>10,.0f} {each:>10,.0f}", end="")
@@ -294,7 +257,7 @@ def make_list(count: int) -> dict[str, float]:
             "write": written,
             "MB": watch.grown(),
             "bytes": entry.bytes,
-            **json.loads(_opened(folder)),
+            **alone(open_list, folder),  # which did not write it
         }
 
 
@@ -303,16 +266,7 @@ def write_list(folder: str, count: int) -> None:
     storage.commit(folder, Manifest(files=[shard_list.write(folder, shards)], **MADE))
 
 
-def _opened(folder: str) -> str:
-    """In a process that did not write it."""
-    command = [sys.executable, "-m", __spec__.name, "--child", "opened", "0"]
-    return subprocess.run(
-        command, input=folder, stdout=subprocess.PIPE, text=True, check=True
-    ).stdout.splitlines()[-1]
-
-
-def open_list(_: int) -> dict[str, float]:
-    folder = sys.stdin.read()
+def open_list(folder: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as small:
         write_list(small, 100)
         WindowedOrder(0, 64, read_parts(small, "train").group_sizes, 1_000, 4).batch(0)
@@ -340,17 +294,17 @@ def make_flat(count: int) -> dict[str, float]:
         return {"write": written, "open": watch.lap(), "open MB": watch.grown(), "bytes": size}
 
 
-def measure_list(by: int) -> list[dict[str, Any]]:
+def measure_list(by: int) -> list[Figure]:
     print("\na ShardSet's list of shards, two parts a shard")
     head = ("file MB", "write s", "MB", "open s", "order s", "MB")
     print(f"{'shards':>10} " + " ".join(f"{name:>9}" for name in head))
     sizes, found = [size // by for size in ENTRIES], []
     for size in sizes:
-        it = in_a_process("list", size)
+        it = alone(make_list, size)
         found.append(it)
         values = (it["bytes"] / 1e6, it["write"], it["MB"], it["open"], it["order"], it["open MB"])
         print(f"{size:>10,} " + " ".join(f"{value:>9,.2f}" for value in values), flush=True)
-    flat = in_a_process("flat", sizes[-1])
+    flat = alone(make_flat, sizes[-1])
     values = (flat["bytes"] / 1e6, flat["write"], float("nan"), flat["open"])
     print(f"{'as format 4':>10}" + " ".join(f"{value:>9,.2f}" for value in values), end="")
     print(f" {'':>9} {flat['open MB']:>9,.2f}")
@@ -364,15 +318,14 @@ def measure_list(by: int) -> list[dict[str, Any]]:
             [i["open"] + i["order"] for i in found[-2:]],
             "µs",
         ),
-        {
-            "what": f"{what}, opened",
-            "ours": round(last["open"], 2),
-            "peer": round(flat["open"], 2),
-            "peer_name": "all parts in manifest.json",
-            "unit": "s",
-            "ratio": round(flat["open"] / last["open"], 1),
-            "goal": None,
-        },
+        figure(
+            f"{what}, opened",
+            last["open"],
+            flat["open"],
+            "all parts in manifest.json",
+            unit="s",
+            less_is_better=True,
+        ),
         constant("list of shards, a shard", last["bytes"] / sizes[-1], "bytes"),
         constant("memory to write the list, a shard", 1e6 * last["MB"] / sizes[-1], "bytes"),
         constant(
@@ -391,8 +344,7 @@ def run_scan(count: int) -> dict[str, float]:
         config = DataConfig(source=path, image_size=4, channels=1, images_per_shard=512)
         index = str(Path(folder) / "index")
         # elsewhere, or the memory that it gave back would be taken again and not be seen
-        with ProcessPoolExecutor(1, get_context("spawn")) as another:
-            another.submit(remember, config, index).result()
+        alone(remember, config, index)
         few = npy(Path(folder) / "few.npy", 100)
         cut(scan(config.model_copy(update={"source": few})), 10)  # for what it imports
         watch = Watch()
@@ -408,12 +360,12 @@ def remember(config: DataConfig, index: str) -> None:
     scan(config, index, remember=True)
 
 
-def measure_scan(by: int) -> list[dict[str, Any]]:
+def measure_scan(by: int) -> list[Figure]:
     print("\nthe list of images read, numbered, compared, hashed, and cut into shards of 512")
     print(f"{'images':>10} {'scan s':>9} {'cut s':>9} {'MB':>9} {'items MB':>9}")
     sizes, found = [IMAGES // 100 // by, IMAGES // 10 // by, IMAGES // by], []
     for size in sizes:
-        it = in_a_process("scan", size)
+        it = alone(run_scan, size)
         found.append(it)
         print(f"{size:>10,} {it['scan']:>9.2f} {it['cut']:>9.2f}", end="")
         print(f" {it['MB']:>9,.0f} {it['items'] / 1e6:>9,.0f}", flush=True)
@@ -424,15 +376,6 @@ def measure_scan(by: int) -> list[dict[str, Any]]:
         constant("memory of a scan, an image", 1e6 * last["MB"] / sizes[-1], "bytes"),
         constant("memory of a scanned source, an image", last["items"] / sizes[-1], "bytes"),
     ]
-
-
-CHILDREN: dict[str, Callable[[int], dict[str, float]]] = {
-    "driver": run_driver,
-    "list": make_list,
-    "opened": open_list,
-    "flat": make_flat,
-    "scan": run_scan,
-}
 
 
 # --- the router of a service ----------------------------------------------------------------------
@@ -512,7 +455,7 @@ async def choose_often(num_replicas: int, choices: int) -> tuple[float, float]:
     return whole / choices, ours / choices
 
 
-def measure_router(by: int) -> list[dict[str, Any]]:
+def measure_router(by: int) -> list[Figure]:
     choices = CHOICES // by
     print(f"\nthe next image's replica, each with {IN_HAND} images in hand")
     print(f"{'replicas':>10} {'µs':>9} {'µs, ours':>9}")
@@ -556,12 +499,12 @@ def let_in_often(in_hand: int, times: int) -> float:
 # --- constants ------------------------------------------------------------------------------------
 
 
-def measure_constants(by: int) -> list[dict[str, Any]]:
+def measure_constants(by: int) -> list[Figure]:
     print()
     return [*checkpoints(by), tracking(by), *listing(by)]
 
 
-def checkpoints(by: int) -> list[dict[str, Any]]:
+def checkpoints(by: int) -> list[Figure]:
     import torch
 
     from pipeline.config import load_config
@@ -596,7 +539,7 @@ def checkpoints(by: int) -> list[dict[str, Any]]:
     return results
 
 
-def tracking(by: int) -> dict[str, Any]:
+def tracking(by: int) -> Figure:
     from pipeline.registry.runs import TrackedRun
 
     count = RECORDS // by
@@ -613,7 +556,7 @@ def tracking(by: int) -> dict[str, Any]:
     return constant("records of 12 figures into MLflow's sqlite", rate, "records/s")
 
 
-def listing(by: int) -> list[dict[str, Any]]:
+def listing(by: int) -> list[Figure]:
     try:
         from tests.s3 import S3
     except ImportError as error:

@@ -21,28 +21,22 @@ an image: 10, 20, 50 and 250 steps, guided and not, three samplers.
   the larger a batch is, the more of it is padding. A batch that is not full waits 10 ms.
 
 The client is this process, which also holds Ray's driver; it shares the cores with the service, and
-what it takes is shown. The last line is JSON: [{"what", "ours", "peer", "peer_name", "unit",
-"ratio", "goal"}], ratio above 1 where ours is better.
+what it takes is shown.
 """
 
 import argparse
 import asyncio
 import contextlib
 import itertools
-import json
-import logging
 import os
-import platform
 import random
 import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import version
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,14 +59,16 @@ from pipeline.samplers.model import Model, make_plan
 from pipeline.samplers.plan import run_plan
 from pipeline.seeding import key, normal
 from pipeline.serving.config import EXACT_ROWS, ServingConfig
-from tests.benchmarks.as_worker import as_worker
-from tests.benchmarks.engine import CONFIG, Mix, bare, parameters, untrained
+from tests.benchmarks import processes, program
+from tests.benchmarks.engine import CONFIG, QUICK_NETWORK, Mix, bare, parameters, untrained
+from tests.benchmarks.own_ray import started_ray
+from tests.benchmarks.program import Figure, figure
 
-STEPS, QUICK_STEPS = (10, 20, 50, 250), (2, 4, 10, 50)
+STEPS, QUICK_STEPS = (10, 20, 50, 250), (2, 4, 10, 20)
 GUIDANCE = (0.0, 1.0)
 SAMPLERS = ("ddim", "ancestral", "dpm_solver_pp")
 SIZES, QUICK_SIZES = (4, 8, 16, 32), (8, 16)
-IN_FLIGHT, LOAD = 32, 0.8
+IN_FLIGHT, LOAD, GOAL = 32, 0.8, 0.95
 BATCH = 4
 PATH = "/v1/images/generations"
 
@@ -89,41 +85,48 @@ class Size(NamedTuple):
     times_each_kind: int = 8
     loop_steps: int = 50
     repeats: int = 5
+    bare_seconds: float = 2.0
+    times_alone: int = 3
+    network: tuple[str, ...] = ("network.norm_groups=8",)
 
 
-QUICK = Size(QUICK_STEPS, QUICK_SIZES, 1, 5.0, 2.0, 2, 10, 2)
+QUICK = Size(
+    QUICK_STEPS,
+    QUICK_SIZES,
+    1,
+    2.0,
+    1.0,
+    1,
+    10,
+    2,
+    0.5,
+    1,
+    ("network.norm_groups=8", *QUICK_NETWORK),
+)
 
 
 def main() -> None:
-    as_worker()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer steps, requests and rounds")
-    parser.add_argument("--batch", type=int, default=BATCH, help="requests in a peer's batch")
-    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = program.parser(__doc__)
+    options.add_argument("--batch", type=int, default=BATCH, help="requests in a peer's batch")
+    program.run(options, measure, "torch", "ray", "diffusers")
+
+
+def measure(options: argparse.Namespace) -> list[Figure]:
     torch.set_num_threads(1)
-    model = untrained(str(CONFIG), ["network.norm_groups=8"])
-    if options.bare:
-        answer(model)
-        return
     size = QUICK if options.quick else Size()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray", "diffusers"))
+    model = untrained(str(CONFIG), size.network)
     print(
-        f"{packages}; {os.cpu_count()} cores, {platform.processor() or platform.machine()}, "
-        f"load {os.getloadavg()[0]:.2f}\n"
         f"{CONFIG.stem}, untrained: {'x'.join(map(str, model.spec.image_shape))}, "
         f"{parameters(model):,} parameters; {'/'.join(map(str, size.steps))} steps, "
         f"{mean_rows(size):.4g} rows a request on average"
     )
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        bares = [stack.enter_context(Bare()) for _ in range(2)]
-        before = max(bares[0].rate(rows, 2) for rows in size.sizes)
-        stack.enter_context(own_ray())
+        bares = [stack.enter_context(Bare(size)) for _ in range(2)]
+        before = max(bares[0].rate(rows) for rows in size.sizes)
+        stack.enter_context(started_ray((os.cpu_count() or 1) + 1))
         bench = Bench(folder, model, size, bares)
-        results = [*bench.saturated(before), *bench.alone(), *bench.open_loop(options.batch)]
-    print(f"load at the end {os.getloadavg()[0]:.2f}")
-    print(json.dumps(results))
+        return [*bench.saturated(before), *bench.alone(), *bench.open_loop(options.batch)]
 
 
 # --- the mix --------------------------------------------------------------------------------------
@@ -151,23 +154,6 @@ def request(kind: dict[str, Any], number: int, **more: Any) -> dict[str, Any]:
 # --- the bare network -----------------------------------------------------------------------------
 
 
-def answer(model: Model) -> None:
-    """The other end of `Bare`."""
-    scheduled = Mix(model, "exact")
-    for line in sys.stdin:
-        what, rows, much = json.loads(line)
-        if what == "rate":
-            rates, end = [], time.perf_counter() + much
-            while time.perf_counter() < end:
-                rates.append(bare(model, rows, 2))
-            found = statistics.median(rates)
-        elif what == "loop":
-            found = loop(model, rows, int(much))
-        else:
-            found = scheduled.outside(int(much))
-        print(json.dumps(found), flush=True)
-
-
 def loop(model: Model, images: int, steps: int) -> float:
     """Seconds of the bare sampler loop for images of one kind."""
     plan = make_plan(model, SamplingConfig(steps=steps))
@@ -181,30 +167,56 @@ def loop(model: Model, images: int, steps: int) -> float:
 class Bare:
     """The network in a process of its own, which does nothing unless it is asked."""
 
+    model: Model
+    """In that process, like `scheduled`."""
+    scheduled: Mix
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+
     def __enter__(self) -> "Bare":
-        command = [sys.executable, "-m", __spec__.name, "--bare"]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.process: ProcessPoolExecutor = processes.partner()
+        processes.answer(self.process.submit(self._prepare, self.size))
         return self
 
     def __exit__(self, *_: Any) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+        self.process.shutdown()
 
-    def ask(self, what: str, rows: int, much: float) -> None:
-        assert self.process.stdin is not None
-        print(json.dumps([what, rows, much]), file=self.process.stdin, flush=True)
+    @classmethod
+    def _prepare(cls, size: Size) -> None:
+        torch.set_num_threads(1)
+        cls.model = untrained(str(CONFIG), size.network)
+        cls.scheduled = Mix(cls.model, "exact")
 
-    def told(self) -> float:
-        assert self.process.stdout is not None
-        return float(json.loads(self.process.stdout.readline()))
+    def start_rate(self, rows: int) -> Future[float]:
+        """Rows/s with so many a call; to be answered."""
+        return self.process.submit(self._rate, rows, self.size.bare_seconds)
 
-    def rate(self, rows: int, seconds: float) -> float:
-        self.ask("rate", rows, seconds)
-        return self.told()
+    def rate(self, rows: int) -> float:
+        return processes.answer(self.start_rate(rows))
+
+    @classmethod
+    def _rate(cls, rows: int, seconds: float) -> float:
+        rates, end = [], time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            rates.append(bare(cls.model, rows, 2))
+        return statistics.median(rates)
+
+    def loop(self, images: int, steps: int) -> float:
+        """Seconds of the bare sampler loop for images of one kind."""
+        return processes.answer(self.process.submit(self._loop, images, steps))
+
+    @classmethod
+    def _loop(cls, images: int, steps: int) -> float:
+        return loop(cls.model, images, steps)
+
+    def beside(self, calls: int) -> float:
+        """Seconds of a step of the engine beside its network call."""
+        return processes.answer(self.process.submit(self._beside, calls))
+
+    @classmethod
+    def _beside(cls, calls: int) -> float:
+        return cls.scheduled.outside(calls)
 
 
 # --- the client -----------------------------------------------------------------------------------
@@ -348,26 +360,6 @@ def role(process: psutil.Process) -> str:
 # --- services -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def own_ray() -> Iterator[None]:
-    import ray
-
-    logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets want a short path
-        ray.init(
-            address="local",
-            num_cpus=(os.cpu_count() or 1) + 1,
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            _temp_dir=folder,
-        )
-        try:
-            yield
-        finally:
-            ray.shutdown()  # with Serve; its own shutdown makes Ray complain on the terminal
-
-
 class Bench:
     """The model, registered and exported, and what is measured of its services."""
 
@@ -414,12 +406,11 @@ class Bench:
         """Rows/s of all at once by the rows of a call."""
         rates = {}
         for rows in self.size.sizes:
-            for each in self.bares[:at_once]:
-                each.ask("rate", rows, 2)
-            rates[rows] = sum(each.told() for each in self.bares[:at_once])
+            calls = [each.start_rate(rows) for each in self.bares[:at_once]]
+            rates[rows] = sum(map(processes.answer, calls))
         return rates
 
-    def saturated(self, before: float) -> list[dict[str, Any]]:
+    def saturated(self, before: float) -> list[Figure]:
         flows: dict[tuple[int, str], list[Flow]] = {}
         rates: dict[tuple[int, int], list[float]] = {}
         for _ in range(self.size.rounds):
@@ -451,21 +442,15 @@ class Bench:
             f"{rate[2, 'exact'] / self.pair:.1%} of 2 bare ones"
         )
         bare_name = f"bare network, {best} rows a call"
+        one, two, fast = rate[1, "exact"], rate[2, "exact"], rate[1, "fast"]
+        unit, on_two = "rows/s", "saturated, exact, 2 replicas"
         return [
-            *(
-                result(f"saturated, {mode}, 1 replica", rate[1, mode], top, bare_name, 0.95)
-                for mode in ("exact", "fast")
-            ),
-            result("saturated, exact, 2 replicas", rate[2, "exact"], 2 * top, "R* of both", 0.95),
-            result(
-                "saturated, exact, 2 replicas on 2 cores",
-                rate[2, "exact"],
-                self.pair,
-                "2 bare networks at once",
-                0.95,
-            ),
-            result("exact mode, 1 replica", rate[1, "exact"], rate[1, "fast"], "fast mode", 0.95),
-            result("2 replicas, exact", rate[2, "exact"], rate[1, "exact"], "1 replica", 1.8),
+            figure("saturated, exact, 1 replica", one, top, bare_name, GOAL, unit),
+            figure("saturated, fast, 1 replica", fast, top, bare_name, GOAL, unit),
+            figure(on_two, two, 2 * top, "R* of both", GOAL, unit),
+            figure(f"{on_two} on 2 cores", two, self.pair, "2 bare networks at once", GOAL, unit),
+            figure("exact mode, 1 replica", one, fast, "fast mode", GOAL, unit),
+            figure("2 replicas, exact", two, one, "1 replica", 1.8, unit),
         ]
 
     def explain(self, flows: dict[tuple[int, str], list[Flow]], bare_rate: float) -> None:
@@ -481,10 +466,7 @@ class Bench:
                     f"{1e3 * call:.1f} ms (bare {1e3 * EXACT_ROWS / bare_rate:.1f}); "
                     f"CPU seconds a second: {shares}"
                 )
-        beside = []
-        for _ in range(7):
-            self.bares[0].ask("scheduler", 0, 4)
-            beside.append(self.bares[0].told())
+        beside = [self.bares[0].beside(4) for _ in range(7)]
         print(
             f"a step of the engine beside its network call: {1e6 * statistics.median(beside):.0f} "
             f"µs ({1e6 * min(beside):.0f} to {1e6 * max(beside):.0f})"
@@ -492,7 +474,7 @@ class Bench:
 
     # --- alone ---
 
-    def alone(self) -> list[dict[str, Any]]:
+    def alone(self) -> list[Figure]:
         """A request against the loop: one image in fast mode, and a full call in exact mode."""
         steps = self.size.loop_steps
         body = {"num_inference_steps": steps, "sampler": "ddim", "guidance_scale": 0.0}
@@ -508,20 +490,19 @@ class Bench:
                 for number in range(self.size.repeats + 1):
                     (seconds,) = asyncio.run(in_turn(self.url, [request(wanted, number)]))
                     ours.append(seconds)
-                    self.bares[0].ask("loop", images, steps)
-                    loops.append(self.bares[0].told())
+                    loops.append(self.bares[0].loop(images, steps))
                 mine, theirs = statistics.median(ours[1:]), statistics.median(loops[1:])
                 print(f"{name:<34}{mine:>12.3f}{theirs:>12.3f}")
                 what = f"alone, {name}, over HTTP"
                 rate = [images / mine, images / theirs]
-                results.append(result(what, *rate, "the bare sampler loop", 0.95, "images/s"))
+                results.append(figure(what, *rate, "the bare sampler loop", GOAL))
             (padded,) = asyncio.run(in_turn(self.url, [request(body, 0)]))
             print(f"{'1 image, exact':<34}{padded:>12.3f}{'':>12}  of 16 rows a call, 15 empty")
         return results
 
     # --- open loop ---
 
-    def open_loop(self, batch: int) -> list[dict[str, Any]]:
+    def open_loop(self, batch: int) -> list[Figure]:
         rng = random.Random(0)
         mix = kinds(self.size) * self.size.times_each_kind
         rng.shuffle(mix)
@@ -553,25 +534,17 @@ class Bench:
             f"they ask for {arriving:.1f} rows/s: a service that does less falls behind more and "
             "more, and what it does is all that it can"
         )
-        goal = {"what": "open loop, exact, p99 slowdown against alone", "goal": 1.0}
-        slowdown = {
-            "ours": round(ours.slowdown_p99, 2),
-            "peer": 2.0,
-            "peer_name": "at most 2",
-            "unit": "x",
-            "ratio": round(2 / ours.slowdown_p99, 3),
-        }
-        results = [goal | slowdown]
+        slowdown = "open loop, exact, p99 slowdown against alone"
+        results = [figure(slowdown, ours.slowdown_p99, 2.0, "at most 2", 1.0, "x", True)]
         for name, arm, times in (
             ("padded @serve.batch", batched, 2),
             ("one at a time", single, None),
         ):
+            slow, theirs = ours.slowdown_p99, arm.slowdown_p99
             results += [
-                result("rows/s that it can do, exact", self.full, arm.rows, name, times),
-                waited("open loop, p99 of seconds", ours.p99, arm.p99, name, "s"),
-                waited(
-                    "open loop, p99 slowdown", ours.slowdown_p99, arm.slowdown_p99, name, "x alone"
-                ),
+                figure("rows/s that it can do, exact", self.full, arm.rows, name, times, "rows/s"),
+                figure("open loop, p99 of seconds", ours.p99, arm.p99, name, 3, "s", True),
+                figure("open loop, p99 slowdown", slow, theirs, name, 3, "x alone", True),
             ]
         return results
 
@@ -580,7 +553,7 @@ class Bench:
         for steps, guidance in itertools.product(self.size.steps, GUIDANCE):
             kind = {**bodies[0], "num_inference_steps": steps, "guidance_scale": guidance}
             kind["sampler"] = "ddim"
-            repeats = 3 if steps < max(self.size.steps) else 1
+            repeats = self.size.times_alone if steps < max(self.size.steps) else 1
             seconds = asyncio.run(in_turn(self.url, [kind] * repeats))
             alone[steps, guidance] = statistics.median(seconds)
         seconds, until_done = asyncio.run(arrive(self.url, bodies, at))
@@ -612,28 +585,7 @@ def registered(uri: str, model: Model) -> ModelReference:
 
 
 def line(name: str, rates: list[float], whole: float) -> None:
-    median = statistics.median(rates)
-    spread = f"{median:.1f} ({min(rates):.1f} to {max(rates):.1f})"
-    print(f"{name:<34}{spread:<34}{median / whole:>8.1%}")
-
-
-def result(
-    what: str, ours: float, peer: float, peer_name: str, goal: float | None, unit: str = "rows/s"
-) -> dict[str, Any]:
-    return {
-        "what": what,
-        "ours": round(ours, 2),
-        "peer": round(peer, 2),
-        "peer_name": peer_name,
-        "unit": unit,
-        "ratio": round(ours / peer, 3),
-        "goal": goal,
-    }
-
-
-def waited(what: str, ours: float, peer: float, peer_name: str, unit: str) -> dict[str, Any]:
-    """The less the better."""
-    return result(what, ours, peer, peer_name, 3, unit) | {"ratio": round(peer / ours, 3)}
+    print(f"{name:<34}{program.spread(rates):<34}{statistics.median(rates) / whole:>8.1%}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast a training step is, beside the same step with Hugging Face's diffusers.
 
-    python -m tests.benchmarks.train_step [--quick] [--threads 1 2] [--peers PYTHON]
+    python -m tests.benchmarks.train_step [--quick] [--threads 1 2] [--precisions float32 bfloat16]
     python -m tests.benchmarks.train_step --profile [--quick] [--threads 1]
 
 A step is a batch, its noise and timesteps, forward, backward, clipping, AdamW and the EMA. Ours is
@@ -19,20 +19,18 @@ memory format: the rate of the fastest of them is the peak that a step's rate is
 their times together are what the step would take if it were nothing else.
 
 denoising-diffusion-pytorch imports torchvision, so where that cannot be imported beside torch, it
-cannot either; PYTHON is an interpreter to try, by default this one. It is not measured elsewhere
+cannot either; --peers is an interpreter to try, by default this one. It is not measured elsewhere
 either: with the same widths it has 13 to 19 % fewer parameters and 9 to 20 % fewer FLOP.
 
---profile shows the share of each operator in the steps of ours and of the peer.
+--profile shows the share of each operator in the steps of ours and of the peer. --quick takes
+smaller images and batches, and its ratios say nothing.
 
-The last line is JSON: [{"what", "ours", "peer", "peer_name", "unit", "ratio", "goal"}], ratio above
-1 where ours is better; of the share of the peak, the share.
+The ratio of the last figure of a size is the share of the peak.
 """
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -40,7 +38,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -59,7 +56,9 @@ from pipeline.networks.unet import DoublingConv2d, UNet, double
 from pipeline.training.config import TrainingConfig
 from pipeline.training.inputs import draw_inputs
 from pipeline.training.loop import make_state, train
-from tests.benchmarks.as_worker import as_worker
+from tests.benchmarks import program
+from tests.benchmarks.processes import Failed
+from tests.benchmarks.program import Figure, figure, in_turn
 
 CPU = torch.device("cpu")
 NUM_IMAGES = 2048
@@ -89,6 +88,7 @@ class Size:
 
 
 SIZES = (Size(28, 1, 32, 32), Size(32, 3, 64, 16))
+QUICK_SIZES = (Size(28, 1, 32, 2), Size(16, 3, 64, 2))
 PRECISIONS = ("float32", "bfloat16")
 
 Step = Callable[[], Any]
@@ -96,35 +96,34 @@ Step = Callable[[], Any]
 
 
 def main() -> None:
-    as_worker()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few steps")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--peers", metavar="PYTHON", default=sys.executable)
-    parser.add_argument("--profile", action="store_true", help="the share of each operator")
-    options = parser.parse_args()
-    print(
-        f"torch {torch.__version__}, diffusers {version('diffusers')}; "
-        f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, "
-        f"load {os.getloadavg()[0]:.2f}"
-    )
+    options = program.parser(__doc__)
+    options.add_argument("--threads", type=int, nargs="+", help="1 2; quick: 1")
+    options.add_argument("--precisions", choices=PRECISIONS, nargs="+", default=PRECISIONS)
+    options.add_argument("--rounds", type=int, help=f"steps of each arm ({ROUNDS}; quick: 1)")
+    options.add_argument("--peers", metavar="PYTHON", default=sys.executable)
+    options.add_argument("--profile", action="store_true", help="the share of each operator")
+    program.run(options, measure, "torch", "diffusers")
+
+
+def measure(options: argparse.Namespace) -> list[Figure]:
     if not options.profile:
         print(f"not measured: denoising-diffusion-pytorch: {why_not_lucidrains(options.peers)}")
-    rounds = 3 if options.quick else ROUNDS
+    quick = options.quick
+    rounds = options.rounds or (1 if quick else ROUNDS)
+    threads_of = options.threads or ([1] if quick else [1, 2])
     results = []
-    for size in SIZES:
+    for size in QUICK_SIZES if quick else SIZES:
         flop = check_equal(size)
-        for threads, precision in itertools.product(options.threads, PRECISIONS):
+        for threads, precision in itertools.product(threads_of, options.precisions):
             torch.set_num_threads(threads)
             what = f"{size}, {precision}, {threads} thread{'s' * (threads > 1)}"
             print(f"\n{what}; load {os.getloadavg()[0]:.2f}", flush=True)
+            arms = make_arms(size, precision, 1 if quick else WARM_UP)
             if options.profile:
-                show_operators(make_arms(size, precision), rounds)
+                show_operators(arms, rounds)
             else:
-                results += compare(what, size, precision, flop, rounds)
-    if not options.profile:
-        print(f"load at the end {os.getloadavg()[0]:.2f}")
-        print(json.dumps(results))
+                results += compare(what, arms, size, precision, flop, rounds)
+    return results
 
 
 def why_not_lucidrains(python: str) -> str:
@@ -233,8 +232,8 @@ def diffusers(
     return step
 
 
-def make_arms(size: Size, precision: str) -> dict[str, Step]:
-    """All sides by name, warm."""
+def make_arms(size: Size, precision: str, warm_up: int) -> dict[str, Step]:
+    """All sides by name, after so many steps."""
     last = torch.channels_last
     arms = {
         "ours": ours(size, precision),
@@ -243,7 +242,7 @@ def make_arms(size: Size, precision: str) -> dict[str, Step]:
         "diffusers, one head, fused, channels last": diffusers(size, precision, True, last),
     }
     for arm in arms.values():
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             arm()
     return arms
 
@@ -275,9 +274,12 @@ def _convolve_doubled(layer: DoublingConv2d, x: Tensor) -> Tensor:
 
 
 def check_equal(size: Size) -> int:
-    """The FLOP of our step; exits where the peer's are others, or its parameters.
+    """The FLOP of our step.
 
     What is compared is the same network written down in the same way.
+
+    Raises:
+        Failed: the peer's are others, or its parameters.
     """
     flop, _ = work(make_network(size), size)
     written, theirs = work(spelled_out(make_network(size)), size), work(make_peer(size), size)
@@ -288,7 +290,7 @@ def check_equal(size: Size) -> int:
     )
     for mine, other in zip(written, theirs, strict=True):
         if abs(other / mine - 1) > LARGEST_DIFFERENCE:
-            sys.exit(f"error: {mine:,} and {other:,} differ by more than {LARGEST_DIFFERENCE:.0%}")
+            raise Failed(f"{mine:,} and {other:,} differ by more than {LARGEST_DIFFERENCE:.0%}")
     return flop
 
 
@@ -371,24 +373,15 @@ def measure_floor(size: Size, precision: str, rounds: int) -> tuple[float, float
 # --- measuring ----------------------------------------------------------------------------------
 
 
-def in_turn(arms: dict[Any, Step], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of each step; every arm takes one in a round."""
-    seconds: dict[Any, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
-        for name, arm in arms.items():
-            begin = time.perf_counter()
-            arm()
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
-
-
-def compare(what: str, size: Size, precision: str, flop: int, rounds: int) -> list[dict[str, Any]]:
-    seconds = in_turn(make_arms(size, precision), rounds)
+def compare(
+    what: str, arms: dict[str, Step], size: Size, precision: str, flop: int, rounds: int
+) -> list[Figure]:
+    seconds = in_turn(arms, rounds)
     peak, convolutions_alone = measure_floor(size, precision, rounds)
-    medians = {name: statistics.median(of) for name, of in seconds.items()}
+    medians = program.medians(seconds)
     print(f"  {'median (least to most)':<44}{'s a step':<26}{'images/s':>9}{'GFLOP/s':>9}")
     for name, of in seconds.items():
-        cell = f"{medians[name]:.3f} ({min(of):.3f} to {max(of):.3f})"
+        cell = program.spread(of, 3)
         rate = size.batch / medians[name]
         print(f"  {name:<44}{cell:<26}{rate:>9.1f}{flop / medians[name] / 1e9:>9.0f}")
     print(
@@ -396,29 +389,20 @@ def compare(what: str, size: Size, precision: str, flop: int, rounds: int) -> li
         f"{size.batch / convolutions_alone:>9.1f}; the fastest {peak / 1e9:.0f} GFLOP/s"
     )
     best = min((name for name in medians if name != "ours"), key=lambda name: medians[name])
-    mine = medians["ours"]
-    results = [
-        {
-            "what": f"training step, {what}",
-            "ours": round(size.batch / mine, 2),
-            "peer": round(size.batch / medians[peer], 2),
-            "peer_name": peer,
-            "unit": "images/s",
-            "ratio": round(medians[peer] / mine, 3),
-            "goal": goal,
-        }
-        for peer, goal in ((DEFAULTS, GOAL_DEFAULTS), (best, GOAL_BEST))
+    rates = {name: size.batch / seconds for name, seconds in medians.items()}
+    step = f"training step, {what}"
+    return [
+        figure(step, rates["ours"], rates[DEFAULTS], DEFAULTS, GOAL_DEFAULTS),
+        figure(step, rates["ours"], rates[best], best, GOAL_BEST),
+        figure(
+            step,
+            flop / medians["ours"] / 1e9,
+            peak / 1e9,
+            "the fastest of its 3x3 convolutions alone",
+            GOAL_PEAK,
+            "GFLOP/s",
+        ),
     ]
-    share = {
-        "what": f"training step, {what}",
-        "ours": round(flop / mine / 1e9, 1),
-        "peer": round(peak / 1e9, 1),
-        "peer_name": "the fastest of its 3x3 convolutions alone",
-        "unit": "GFLOP/s",
-        "ratio": round(flop / mine / peak, 3),
-        "goal": GOAL_PEAK,
-    }
-    return [*results, share]
 
 
 def show_operators(arms: dict[str, Step], rounds: int) -> None:

@@ -51,7 +51,7 @@ def test_every_section_that_the_page_cites_is_in_the_results(scaling: ModuleType
     cited = re.findall(r"\[(\w+)\]\(\.\./tests/benchmarks/RESULTS\.md\)", scaling.PAGE.read_text())
     assert cited
     for name in cited:
-        assert f"\n## {name}\n" in results
+        assert f"\n## {name}, {scaling.MEASURED_ON}\n" in results
 
 
 def test_a_checkpoint_has_weights_their_average_and_two_moments(scaling: ModuleType) -> None:
