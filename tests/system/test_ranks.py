@@ -4,15 +4,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
+from safetensors.torch import save as save_tensors
 from torch import Tensor, multiprocessing
 
 from pipeline import storage
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, parallel
 from pipeline.training.ema import Ema
 from tests.conftest import free_port
 from tests.unit.test_ema import POWER, counting, shaken
-from tests.unit.test_training import SPEC, TWO_RANKS, assert_bit_identical, config, fresh, run
+from tests.unit.test_training import (
+    CPU,
+    SPEC,
+    TWO_RANKS,
+    assert_bit_identical,
+    config,
+    fresh,
+    run,
+    save,
+)
 
 
 def _rank_of_three(rank: int, port: int, folder: str) -> None:
@@ -44,6 +54,8 @@ def _rank_of_two(rank: int, port: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
+    assert parallel.true_on_all_ranks(True, CPU)
+    assert not parallel.true_on_all_ranks(rank == 0, CPU), "the same answer on both"
     for name, (spec, values) in TWO_RANKS.items():
         training = config(steps=5, **values)
         state = fresh(training, spec)
@@ -122,7 +134,7 @@ def _sharded_rank(rank: int, folder: str) -> None:
         for name, weights in ema.averages.items()
         for key, tensor in weights.items()
     }
-    storage.write_bytes(f"{folder}/{rank}-has-{rows}-rows", save(gathered))
+    storage.write_bytes(f"{folder}/{rank}-has-{rows}-rows", save_tensors(gathered))
     torch.distributed.destroy_process_group()
 
 
