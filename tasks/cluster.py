@@ -219,6 +219,15 @@ def worker_device() -> torch.device:
     return torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
 
 
+def gpus_of_this_node() -> int:
+    """The GPUs that Ray knows of where this task or actor runs, whether it has been given any."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
+    return int(node["Resources"].get("GPU", 0))
+
+
 def check_port_is_free(host: str, port: int) -> None:
     """Raise ClusterError unless a server can listen there."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

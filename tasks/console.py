@@ -79,6 +79,10 @@ class StageBar:
             line = f"{self._stage}: {done}/{self._total} {self._unit}, {rate:,.1f}/s{left}"
             console.print(line + "".join(f", {more}" for more in (in_all, note) if more))
 
+    def say(self, sentence: str) -> None:
+        console.print(f"{self._stage}: {sentence}")
+        logging.getLogger("ddpm").info("%s: %s", self._stage, sentence)
+
     def close(self, outcome: str) -> None:
         self._board.estimate.end(self._stage)
         self._board.bars.remove_task(self._task)

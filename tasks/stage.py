@@ -46,6 +46,9 @@ class Progress(Protocol):
     def update(self, done: int, note: str = "") -> None:
         """`done` units are done; `note` is a short figure, such as the loss."""
 
+    def say(self, sentence: str) -> None:
+        """Something that a person should know while it runs."""
+
 
 @dataclass(frozen=True)
 class StageContext:

@@ -42,6 +42,8 @@ from tasks.previews import Previews
 from tasks.stage import Outcome, StageContext
 from tasks.train_worker import Job, train_worker
 
+PRECISION = "ddpm.precision"
+"""Tag of the MLflow run: what it computes in, whatever the config asks for."""
 MLFLOW_PAUSE, MLFLOW_PATIENCE = 5.0, 600.0
 """Seconds between tries to reach MLflow, and until a trained model gives up."""
 
@@ -121,6 +123,8 @@ def run(ctx: StageContext) -> Outcome:
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
     history: deque[dict[str, float]] = deque()
+    tags: dict[str, str] = {}
+    said: set[str] = set()
     try_again = 0.0
     while True:
         alive = thread.is_alive()
@@ -129,15 +133,20 @@ def run(ctx: StageContext) -> Outcome:
                 raise record["error"]
             if "resumed_at" in record:
                 ctx.progress.start(config.training.steps, "steps", record["resumed_at"])
+                tags[PRECISION] = record["precision"]
             if "checkpoint" in record:
                 previews.add(record["step"], record["checkpoint"])
+            for name, sentence in record.get("notices", {}).items():
+                if name not in said:  # by another worker, or before a restart
+                    ctx.progress.say(sentence)
+                    said.add(name)
             history.extend(record.get("history", []))
             if history:
                 ctx.progress.update(int(history[-1]["step"]), f"loss {history[-1]['loss']:.4f}")
         previews.make()
         if time.monotonic() >= try_again:
             try:
-                _log(ctx, history)
+                _log(ctx, history, tags)
                 previews.log()
             except StorageError as error:
                 # training does not wait for it, and what was not logged is logged later
@@ -157,7 +166,8 @@ def run(ctx: StageContext) -> Outcome:
     begin = time.monotonic()
     while True:
         try:
-            _log(ctx, deque(info.history))  # with what a lost reporter did not pass on
+            # with what a lost reporter did not pass on
+            _log(ctx, deque(info.history), {PRECISION: _precision(ctx, info)})
             previews.log()
             break
         except StorageError:
@@ -235,11 +245,18 @@ def environment() -> str:
     return "\n".join([machine, *sorted(packages, key=str.lower), ""])
 
 
-def _log(ctx: StageContext, history: deque[dict[str, float]]) -> None:
-    """Log records to MLflow and take them from `history`; all of them stay if it is away."""
+def _log(ctx: StageContext, history: deque[dict[str, float]], tags: dict[str, str]) -> None:
+    """Log records and tags to MLflow and take them from what is given; they stay if it is away."""
+    if tags:
+        ctx.tracked_run().set_tags(tags)
+        tags.clear()
     if history:
         ctx.tracked_run().log_history(list(history))
         history.clear()
+
+
+def _precision(ctx: StageContext, info: checkpoint.CheckpointInfo) -> str:
+    return info.precision or ctx.config.training.precision
 
 
 def _outcome(ctx: StageContext, info: checkpoint.CheckpointInfo) -> Outcome:
@@ -254,6 +271,7 @@ def _outcome(ctx: StageContext, info: checkpoint.CheckpointInfo) -> Outcome:
     best = checkpoint.read_best(ctx.folder)
     stats = {
         "step": info.step,
+        "precision": _precision(ctx, info),
         "loss": info.history[-1]["loss"],
         "num_parameters": parameters,
         "images_per_second": float(np.median(rates)),

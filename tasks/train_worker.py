@@ -6,8 +6,8 @@ What it has to say goes to the job's reporter, an actor that the driver listens 
 import contextlib
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import ray
 import ray.train.torch
@@ -26,11 +26,13 @@ from pipeline.networks.backbone import set_checkpointing
 from pipeline.samplers.model import ModelSpec
 from pipeline.seeding import key
 from pipeline.training import checkpoint, parallel, posthoc
-from pipeline.training.config import TrainingConfig
+from pipeline.training.config import Precision, TrainingConfig
 from pipeline.training.inputs import step_inputs
 from pipeline.training.loop import StepRecord, TrainState, make_state, train
-from pipeline.training.precision import HALF
-from pipeline.training.watch import Watch, measured_peak, training_flops
+from pipeline.training.precision import HALF, computes_natively, resolve
+from pipeline.training.watch import Watch, measured_peak, slowdown, training_flops
+from tasks import notices
+from tasks.cluster import gpus_of_this_node, num_cores
 
 NAMED_IMAGES = 3
 """In the sentence that says which step is not finite."""
@@ -58,15 +60,23 @@ def train_worker(job: dict[str, Job]) -> None:
 
 
 def _train_rank(job: Job) -> None:
-    config, training = job.config, job.config.training
+    asked = job.config.training.precision
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        torch.set_num_threads(config.cluster.cpus_per_worker)
+        torch.set_num_threads(job.config.cluster.cpus_per_worker)
+    rank, world_size = parallel.rank_and_world_size()
+    found = checkpoint.latest_sound(job.folder) if rank == 0 else None
+    # rank 0 decides: a checkpoint may appear or go while the others look
+    step, kept, attempt = broadcast_from_rank_zero(
+        (*((found.step, found.precision) if found else (0, None)), secrets.randbits(63))
+    )
+    everywhere = parallel.true_on_all_ranks(computes_natively(device, "bfloat16"), device)
+    job = with_precision(job, resolve(asked, kept, everywhere))
+    config, training = job.config, job.config.training
     # by itself, cuDNN would round the factors of its convolutions
     fp32 = "tf32" if training.precision == "tf32" else "ieee"
     torch.backends.cudnn.fp32_precision = fp32
     torch.backends.cuda.matmul.fp32_precision = fp32
-    rank, world_size = parallel.rank_and_world_size()
 
     spec = model_spec(config, job.class_names)
     with torch.random.fork_rng(devices=[]):
@@ -77,16 +87,15 @@ def _train_rank(job: Job) -> None:
     if training.parallel == "fsdp" and world_size > 1:
         parallel.cut(network, device)
     state = make_state(network, training, config.diffusion.timesteps)
-    found = checkpoint.latest_sound(job.folder) if rank == 0 else None
-    # rank 0 decides: a checkpoint may appear or go while the others look
-    step, attempt = broadcast_from_rank_zero((found.step if found else 0, secrets.randbits(63)))
     history: list[dict[str, float]] = []
     if step:
         info = found or checkpoint.read(job.folder, step)
         checkpoint.load(info, state)
         history = info.history
     if rank == 0:
-        job.reporter.push.remote({"resumed_at": step, "history": history})
+        job.reporter.push.remote(
+            {"resumed_at": step, "history": history, "precision": training.precision}
+        )
         if found:  # the attempt that wrote it may have died before it could say so
             job.reporter.push.remote({"checkpoint": found.uri, "step": step})
 
@@ -99,6 +108,7 @@ def _train_rank(job: Job) -> None:
     forward = parallel.wrap(network, device)
     schedule = None if config.diffusion.schedule == "learned" else make_schedule(config.diffusion)
     watch = make_watch(spec, training, device)
+    job.reporter.push.remote({"notices": notices_of(job, asked, kept is not None, spec, device)})
 
     def written(info: checkpoint.CheckpointInfo) -> None:
         job.reporter.push.remote({"checkpoint": info.uri, "step": info.step})
@@ -140,11 +150,45 @@ def _train_rank(job: Job) -> None:
                 writer.save(state, history)
 
 
+def with_precision(job: Job, precision: Precision) -> Job:
+    training = job.config.training.model_copy(update={"precision": precision})
+    return replace(job, config=job.config.model_copy(update={"training": training}))
+
+
+def notices_of(
+    job: Job,
+    asked: Literal["auto"] | Precision,
+    kept: bool,
+    spec: ModelSpec,
+    device: torch.device,
+) -> dict[str, str]:
+    """What this rank has to say of where it is, see tasks/notices.py."""
+    cluster, precision = job.config.cluster, job.config.training.precision
+    assert precision != "auto"
+    workers_here = ray.train.get_context().get_local_world_size()
+    said = {
+        **notices.crowded(workers_here, cluster.cpus_per_worker, num_cores()),
+        **notices.idle_gpus(cluster.gpus_per_worker, gpus_of_this_node()),
+    }
+    if asked == "auto":
+        said |= notices.chosen(precision, kept)
+    if not computes_natively(device, precision):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        shape = (spec.channels, spec.image_size, spec.image_size)
+        network = spec.make_network().to(device)
+        factor = slowdown(network, shape, spec.num_classes, HALF[precision])
+        said |= notices.emulated(asked, precision, name, factor)
+    return said
+
+
 def make_watch(spec: ModelSpec, training: TrainingConfig, device: torch.device) -> Watch:
     with torch.device("meta"):  # to count operations nothing need be computed
         network = spec.make_network()
     shape = (spec.channels, spec.image_size, spec.image_size)
-    dtype = HALF.get(training.precision, torch.float32)
+    assert training.precision != "auto"
+    # what is emulated has the peak of what it is made of
+    native = computes_natively(device, training.precision)
+    dtype = HALF.get(training.precision, torch.float32) if native else torch.float32
     return Watch(
         training.batch_size,
         training_flops(network, shape, spec.num_classes),

@@ -3,8 +3,8 @@
 A checkpoint is a folder `step-000001000/` with `model.safetensors`, the averages of the weights
 (`ema.safetensors` is the model's), `optimizer.safetensors`, `timesteps.safetensors` where timesteps
 are drawn by the losses so far, `loss_scale.safetensors` with float16 and, written last,
-`state.json`: the step, the model's spec, the history of logged metrics and the sha256 of each file.
-Without a valid `state.json` a folder does not count.
+`state.json`: the step, the model's spec, the precision of training, the history of logged metrics
+and the sha256 of each file. Without a valid `state.json` a folder does not count.
 """
 
 import re
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.errors import CorruptArtifact, StorageError
 from pipeline.training import parallel
+from pipeline.training.config import Precision
 from pipeline.training.loop import TrainState
 
 STATE = "state.json"
@@ -48,6 +49,12 @@ class CheckpointInfo:
     def history(self) -> list[dict[str, float]]:
         """The metrics logged up to this step, one record a log step, oldest first."""
         return list(self.state["history"])
+
+    @property
+    def precision(self) -> Precision | None:
+        """What training computes in; None of a checkpoint from before `auto`."""
+        precision: Precision | None = self.state.get("precision")
+        return precision
 
 
 def checkpoint_name(step: int) -> str:
@@ -129,7 +136,14 @@ class Writer:
             if mine or self.rank == 0:
                 path = _slice_name(file, self.rank, self.world_size) if sliced else file
                 files[path] = {name: _copy(tensors[name]) for name in tensors if name in mine}
-        self._last = self._thread.submit(self._write, state.step, files, is_cut, list(history))
+        record = {
+            "format": 1,
+            "step": state.step,
+            "spec": self.spec,
+            "precision": state.precision,
+            "history": list(history),
+        }
+        self._last = self._thread.submit(self._write, record, files, is_cut)
 
     def wait(self) -> None:
         """Until the last one is written.
@@ -141,13 +155,9 @@ class Writer:
             self._last.result()
 
     def _write(
-        self,
-        step: int,
-        files: dict[str, dict[str, Tensor]],
-        is_cut: bool,
-        history: list[dict[str, float]],
+        self, record: dict[str, Any], files: dict[str, dict[str, Tensor]], is_cut: bool
     ) -> None:
-        uri = storage.join(self.folder, checkpoint_name(step))
+        uri = storage.join(self.folder, checkpoint_name(record["step"]))
         hashes = {
             file: storage.write_bytes(storage.join(uri, file), save_tensors(tensors)).sha256
             for file, tensors in files.items()
@@ -159,7 +169,7 @@ class Writer:
         notes = [self._note(uri, rank) for rank in range(1, self.world_size if is_cut else 1)]
         for note in notes:
             hashes |= _wait_for_json(note)
-        record = {"format": 1, "step": step, "spec": self.spec, "history": history, "files": hashes}
+        record["files"] = hashes
         storage.write_json(storage.join(uri, STATE), record)
         for note in notes:
             storage.remove(note)

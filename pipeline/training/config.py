@@ -13,6 +13,9 @@ from pipeline.training.settings import check_owners
 TimestepSampler = Literal["uniform", "stratified", "log_normal", "loss_second_moment"]
 """See pipeline/training/timesteps.py."""
 
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+"""What a network computes in, once `auto` is resolved: see pipeline/training/precision.py."""
+
 OWNERS = {
     "min_snr_gamma": ("loss_weight", "min_snr"),
     "p2_gamma": ("loss_weight", "p2"),
@@ -124,9 +127,11 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     grad_clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Largest norm of the gradient; larger ones are scaled down to it."""
     ema: EmaConfig = EmaConfig()
-    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
+    precision: Literal["auto"] | Precision = "auto"
     """bfloat16 and float16: autocast in the network; weights, EMA, noising and loss stay float32.
-    tf32: float32 with products of 10 bits on GPUs that have them. float16: with a loss scale."""
+    tf32: float32 with products of 10 bits on GPUs that have them. float16: with a loss scale.
+    auto: bfloat16 if the devices of all workers compute it natively, else float32; a run that goes
+    on keeps what it began with. See pipeline/training/precision.py."""
     accumulate: int = Field(default=1, ge=1)
     """A worker computes its rows of a batch in so many parts, one after the other, and steps once:
     for batches that do not fit in memory."""

@@ -20,7 +20,7 @@ from pipeline.diffusion.schedules import Schedule
 from pipeline.networks.backbone import dropout_keys
 from pipeline.networks.monotone import ScheduledNetwork
 from pipeline.training import parallel
-from pipeline.training.config import TrainingConfig
+from pipeline.training.config import Precision, TrainingConfig
 from pipeline.training.ema import Ema
 from pipeline.training.inputs import StepInputs
 from pipeline.training.objective import Rows, learned_schedule_loss, loss
@@ -39,6 +39,8 @@ class TrainState:
     ema: Ema
     optimizer: torch.optim.Optimizer
     loss_scale: LossScale
+    precision: Precision
+    """Of what follows: a run that goes on keeps it."""
     losses: LossHistory | None = None
     """What `timestep_sampler: loss_second_moment` draws by."""
     step: int = 0
@@ -63,7 +65,8 @@ class StepRecord:
 
 
 def make_state(network: nn.Module, config: TrainingConfig, timesteps: int) -> TrainState:
-    """The state before the first step, for a process of T = `timesteps`."""
+    """The state before the first step, for a process of T = `timesteps`; `auto` is resolved."""
+    assert config.precision != "auto"
     device = next(network.parameters()).device
     # before it is wrapped, which takes the layout as it is; slices have none of their own
     if in_channels_last(config, device) and not any(map(parallel.is_sliced, network.parameters())):
@@ -74,6 +77,7 @@ def make_state(network: nn.Module, config: TrainingConfig, timesteps: int) -> Tr
         Ema(network, config.ema, config.batch_size),
         make_optimizer(network, config),
         LossScale(device, config.precision == "float16"),
+        config.precision,
         LossHistory(timesteps) if by_losses else None,
     )
 
@@ -106,7 +110,8 @@ def train(
     Raises:
         TrainingDiverged: gradients in float16 overflow whatever the scale of the loss.
     """
-    half = HALF.get(config.precision)
+    assert config.precision == state.precision
+    half = HALF.get(state.precision)
     autocast = torch.autocast(device.type, half, half is not None)
 
     side_by_side = in_channels_last(config, device)

@@ -102,6 +102,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def true_on_all_ranks(value: bool, device: torch.device) -> bool:
+    """Whether it is true on every rank, the same answer on all; waits for all of them."""
+    _, world_size = rank_and_world_size()
+    return int(sum_over_ranks(torch.tensor(int(value), device=device))) == world_size
+
+
 def all_rows(values: Tensor, batch_size: int) -> Tensor:
     """The rows (b, ...) of all ranks in the order of the ranks: (B, ...); waits for all of them."""
     _, world_size = rank_and_world_size()

@@ -1,6 +1,56 @@
-"""The precisions that a network can be trained in."""
+"""In what numbers the network computes, and what `training.precision: auto` becomes.
+
+It is resolved where the workers are, since the machine on which a command is given may have another
+device; below that nobody meets `auto`.
+"""
+
+from typing import Literal
 
 import torch
 
+from pipeline.training.config import Precision
+
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Those in which the network computes with fewer bits than it keeps."""
+"""Precisions in which the network computes with fewer bits than it keeps."""
+
+
+def resolve(
+    asked: Precision | Literal["auto"], kept: Precision | None, everywhere: bool
+) -> Precision:
+    """What a training computes in.
+
+    Args:
+        asked: `training.precision`.
+        kept: what the run began with, if it goes on from a checkpoint.
+        everywhere: whether the device of every rank computes bfloat16 natively.
+    """
+    if asked != "auto":
+        return asked
+    return kept or ("bfloat16" if everywhere else "float32")
+
+
+def computes_natively(device: torch.device, precision: Precision) -> bool:
+    """Whether a device has instructions for products in a precision.
+
+    bfloat16  GPUs from sm_80; CPUs with AVX512_BF16 or AMX, if oneDNN may use them
+              (ONEDNN_MAX_CPU_ISA)
+    float16   GPUs; CPUs of which oneDNN says so
+    tf32      is float32 where there is none
+    """
+    if precision not in HALF:
+        return True
+    if device.type == "cuda":
+        return precision == "float16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    if precision == "float16":
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return _cpu_computes_bfloat16()
+
+
+def _cpu_computes_bfloat16() -> bool:
+    # torch has no public word for it. What the CPU has alone would not do: oneDNN may have been
+    # told to leave it. Nor would what oneDNN says: with AVX-512 alone it takes bfloat16, too, and
+    # computes in float32
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

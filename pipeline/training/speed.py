@@ -18,7 +18,7 @@ from pipeline.diffusion.schedules import make_schedule
 from pipeline.training.config import TrainingConfig
 from pipeline.training.inputs import StepInputs, draw_inputs
 from pipeline.training.loop import make_state, train
-from pipeline.training.precision import HALF
+from pipeline.training.precision import HALF, computes_natively, resolve
 from pipeline.training.watch import measured_peak, training_flops
 
 MEASURED_SECONDS, MOST_STEPS = 2.0, 50
@@ -60,6 +60,8 @@ def seconds_per_step(
     Returns:
         Seconds; infinite beyond `limit`, or where memory does not suffice.
     """
+    precision = resolve(training.precision, None, computes_natively(device, "bfloat16"))
+    training = training.model_copy(update={"precision": precision})
     rows = len(share(workers - 1, workers, training.batch_size))
     with torch.device("meta"):
         network = fitted.make_network()

@@ -114,7 +114,10 @@ def training_flops(network: nn.Module, image_shape: tuple[int, int, int], num_cl
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a product of large square matrices: the best of a few."""
+    """Operations a second of a product of large square matrices: the best of a few.
+
+    Of one alone where it takes longer than a second, as with a precision that is emulated.
+    """
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
@@ -124,7 +127,34 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
         a @ a
         _synchronize(device)
         best = min(best, time.monotonic() - begin)
+        if best > 1:
+            break
     return 2 * size**3 / best
+
+
+def slowdown(
+    network: nn.Module, image_shape: tuple[int, int, int], num_classes: int, dtype: torch.dtype
+) -> float:
+    """How many times as long as in float32 a network takes, forth and back, with two (C, H, W)
+    images: the best of three, or of one that takes longer than a second."""
+    device = next(network.parameters()).device
+    image, t = torch.zeros(2, *image_shape, device=device), torch.zeros(2, device=device)
+    label = torch.zeros(2, dtype=torch.int64, device=device) if num_classes else None
+    seconds = []
+    for enabled in (False, True):
+        best = float("inf")
+        for _ in range(3):
+            _synchronize(device)
+            begin = time.monotonic()
+            with torch.autocast(device.type, dtype, enabled):
+                output = network.eval()(image, t, label)
+            output.float().sum().backward()
+            _synchronize(device)
+            best = min(best, time.monotonic() - begin)
+            if best > 1:
+                break
+        seconds.append(best)
+    return seconds[1] / seconds[0]
 
 
 def _synchronize(device: torch.device) -> None:

@@ -132,6 +132,8 @@ class Silent:
 
     def update(self, done: int, note: str = "") -> None: ...
 
+    def say(self, sentence: str) -> None: ...
+
 
 def empty_task(
     shard: InputShard, config: DataConfig, class_names: list[str], folder: str, real: frozenset[int]
@@ -514,7 +516,7 @@ def checkpoints(by: int) -> list[Figure]:
 
     results = []
     for name in ("digits", "fashion_mnist", "cifar10")[: 1 if by > 1 else 3]:
-        config = load_config(str(CONFIGS / f"{name}.yaml"), [])
+        config = load_config(str(CONFIGS / f"{name}.yaml"), ["training.precision=float32"])
         spec = model_spec(config, [str(i) for i in range(10)])
         network = spec.make_network()
         state = make_state(network, config.training, config.diffusion.timesteps)

@@ -210,6 +210,8 @@ class Quiet:
 
     def update(self, done: int, note: str = "") -> None: ...
 
+    def say(self, sentence: str) -> None: ...
+
 
 class Stage:
     """Runs the stage on the images of a folder, and says which shards it made itself."""

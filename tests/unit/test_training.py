@@ -47,7 +47,14 @@ CPU = torch.device("cpu")
 
 
 def config(**values: object) -> TrainingConfig:
-    base = {"steps": 8, "batch_size": 8, "lr": 1e-3, "log_every": 1, "warmup_steps": 2}
+    base = {
+        "steps": 8,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "log_every": 1,
+        "warmup_steps": 2,
+        "precision": "float32",
+    }
     return TrainingConfig(**{**base, **values})  # type: ignore[arg-type]
 
 

@@ -1,5 +1,6 @@
 """What is logged of the steps."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from pipeline import storage
 from pipeline.networks.config import UNetConfig
 from pipeline.networks.unet import UNet
 from pipeline.training.loop import StepRecord
-from pipeline.training.watch import Watch, measured_peak, training_flops
+from pipeline.training.watch import Watch, measured_peak, slowdown, training_flops
 from tests.unit.test_training import CPU, config, fresh, steps
 
 
@@ -92,3 +93,18 @@ def test_operations_of_a_network_are_counted_by_hand() -> None:
 
 def test_the_peak_is_measured() -> None:
     assert 1e8 < measured_peak(CPU, torch.float32) < 1e14
+
+
+def test_the_slowdown_of_a_precision_is_that_of_the_network_in_it() -> None:
+    class Sleeps(torch.nn.Module):
+        """Longer in autocast."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, image: torch.Tensor, t: object, label: object) -> torch.Tensor:
+            time.sleep(0.3 if torch.is_autocast_enabled("cpu") else 0.03)
+            return image * self.scale
+
+    assert slowdown(Sleeps(), (1, 8, 8), 0, torch.bfloat16) > 2

@@ -26,6 +26,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.images import png
 from pipeline.errors import DataError
 from pipeline.evaluation.real_images import extractor_of, write_tensors
+from pipeline.training.precision import computes_natively
 from tasks.preprocess import check_bad_share
 from tasks.previews import Wanted, preview
 from tests.conftest import (
@@ -120,7 +121,15 @@ def test_the_mlflow_run_tells_the_training(tiny: Workplace) -> None:
     assert len(metric_history(tiny, "class_accuracy")) == 1
     measured = [step for step, _ in metric_history(tiny, "kd_cnn_digits_n10")]
     assert set(measured) <= {20, 40, 60}, "of checkpoints that found the reference finished"
+    precision = tiny.manifest("train")["stats"]["precision"]
+    assert precision == (
+        "bfloat16" if computes_natively(torch.device("cpu"), "bfloat16") else "float32"
+    )
+    said = (tiny.folder / "first_run.txt").read_text()
+    assert said.count(f"train: training.precision=auto is {precision}, ") == 1
     with database_of(tiny) as database:
+        tagged = database.execute("SELECT value FROM tags WHERE key = 'ddpm.precision'").fetchall()
+        assert tagged == [(precision,)]
         assert database.execute("SELECT count(*), min(status) FROM runs").fetchone() == (
             1,
             "FINISHED",
@@ -385,6 +394,16 @@ def interrupt(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
     assert psutil.wait_procs(children, timeout=HANG)[1] == []
     assert "interrupted: the same command goes on" in output
     assert "Traceback" not in output
+
+
+def test_a_training_by_auto_is_to_the_bit_the_one_whose_config_says_what_auto_became(
+    tiny: Workplace, head: Head, tmp_path: Path
+) -> None:
+    place, became = place_with_shards(tiny, tmp_path, head.joined), tiny.manifest("train")
+    output = place.run_tiny(f"training.precision={became['stats']['precision']}", verb="train")
+    assert weights_of(place) == weights_of(tiny)
+    assert place.manifest("train")["id"] != became["id"]
+    assert "auto" not in output, "there was nothing to choose"
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_no_retry(

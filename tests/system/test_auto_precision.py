@@ -1,0 +1,31 @@
+"""`training.precision: auto` on real Ray: a run keeps elsewhere what it became where it began."""
+
+import shutil
+from pathlib import Path
+
+from tests.conftest import Workplace, tiny_command
+
+LESSER_CPU = {
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+"""One without AVX-512; of workers that a Ray of their own starts."""
+
+
+def test_a_run_that_goes_on_on_a_lesser_machine_keeps_what_it_began_with_and_says_so(
+    tiny: Workplace, tmp_path: Path
+) -> None:
+    became = tiny.manifest("train")
+    for stage in ("preprocess", "train"):
+        shutil.copytree(tiny.folder / "runs" / stage, tmp_path / "runs" / stage)
+    interrupted = tmp_path / "runs" / "train" / became["id"]
+    (interrupted / "manifest.json").unlink()
+    shutil.rmtree(interrupted / "step-000000060")
+    place = Workplace(tmp_path, LESSER_CPU)
+    output = place.ddpm(*tiny_command("train"))
+    made = place.manifest("train")
+    assert (made["id"], made["stats"]["precision"]) == (became["id"], became["stats"]["precision"])
+    assert f"training.precision=auto is {made['stats']['precision']}, in which it began" in output
+    emulated = "training goes on in bfloat16, emulated by a worker's CPU: the network takes "
+    assert (emulated in output) == (made["stats"]["precision"] == "bfloat16")
