@@ -7,8 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
 
-import pytest
-
+from tests import needs
 from tests.conftest import HANG, wait_for
 from tests.service import Service
 
@@ -24,11 +23,10 @@ PIXELS = """canvas => {
 @contextlib.contextmanager
 def chromium() -> Iterator["Browser"]:
     """Debian's Chromium; a test that cannot have it is skipped."""
-    reason = "pip install -e '.[browser-test]' brings playwright, which drives the browser"
-    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    playwright = needs.package("playwright.sync_api", "browser-test")
     path = shutil.which("chromium")
     if path is None:
-        pytest.skip("there is no chromium: apt-get install chromium")
+        needs.CHROMIUM.skip()
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser

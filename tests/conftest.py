@@ -29,6 +29,11 @@ import pytest
 import torch
 
 from pipeline import storage
+from tests.needs import (  # noqa: F401  (hooks of pytest)
+    pytest_make_collect_report,
+    pytest_runtest_makereport,
+    pytest_terminal_summary,
+)
 
 torch.set_num_threads(1)
 

@@ -8,9 +8,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
+from tests import needs
 from tests.conftest import ROOT
 
 Objects = list[dict[str, Any]]
@@ -153,10 +153,15 @@ def instructions(name: str) -> list[str]:
     return re.findall(rf"^{name} (.*)$", re.sub(r"\\\n\s*", " ", text), re.MULTILINE)
 
 
+def compose(name: str = "compose.yaml") -> Any:
+    return yaml.safe_load((INFRA / name).read_text())
+
+
 def schema(name: str) -> Any:
+    """A published one, or a skip."""
     path = SCHEMAS / name
     if not path.exists():
-        pytest.skip(f"{path} is not there: set DDPM_SCHEMAS to a folder with the published schemas")
+        needs.SCHEMAS.skip()
     return json.loads(path.read_text())
 
 

@@ -1,9 +1,6 @@
-"""infra/kubernetes without Kubernetes: its objects hold to their schemas and fit together.
+"""infra/kubernetes without Kubernetes: its objects hold to their schemas and fit together."""
 
-The published schemas are not part of this project: DDPM_SCHEMAS, or ../shared/schemas, is a folder
-that has them.
-"""
-
+import contextlib
 import importlib
 import re
 import shlex
@@ -12,16 +9,22 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
+from pydantic import ValidationError
+from safetensors.torch import save
 
 from pipeline.config import RunConfig, load_config
+from pipeline.registry.folder import model_files
+from pipeline.registry.models import register
+from pipeline.registry.runs import TrackedRun, make_client
+from pipeline.samplers.model import ModelSpec
 from pipeline.serving.config import ServingConfig
 from tasks.cluster import ENVIRONMENT
 from tasks.deployment import Service
 from tasks.serve import APPLICATION, PATIENCE
-from tests.conftest import ROOT, Workplace
+from tests import needs
+from tests.conftest import ROOT
 from tests.infra import (
     BUILDS,
     DOCKERFILE,
@@ -33,8 +36,8 @@ from tests.infra import (
     files_of,
     found,
     pod_templates,
-    schema,
 )
+from tests.infra_models import KUBERAY, PodTemplate
 
 
 def of_kind(build: str, kind: str) -> dict[str, Any]:
@@ -42,45 +45,11 @@ def of_kind(build: str, kind: str) -> dict[str, Any]:
     return found
 
 
-def with_defaults(value: Any, rule: dict[str, Any], path: str = "") -> Any:
-    """Fill in a CRD's defaults, as the API server does before it validates.
-
-    Raises:
-        AssertionError: a key that the CRD does not have. The API server would drop it in silence.
-    """
-    if isinstance(value, list):
-        return [
-            with_defaults(it, rule.get("items", {}), f"{path}[{i}]") for i, it in enumerate(value)
-        ]
-    if not isinstance(value, dict):
-        return value
-    known = rule.get("properties", {})
-    if "additionalProperties" not in rule and known:
-        unknown = set(value) - set(known)
-        assert not unknown, f"{path} has no {unknown}"
-    others = rule.get("additionalProperties", {})
-    defaults = {key: it["default"] for key, it in known.items() if "default" in it}
-    return {
-        key: with_defaults(
-            it, known.get(key, others if isinstance(others, dict) else {}), f"{path}.{key}"
-        )
-        for key, it in {**defaults, **value}.items()
-    }
-
-
-def check_against_crd(it: dict[str, Any]) -> None:
-    crd = schema(f"kuberay-{it['kind'].lower()}.json")
-    assert it["apiVersion"] == f"{crd['group']}/{crd['version']}"
-    rule = crd["schema"]
-    # as in every CRD; the API server knows them
-    rule["properties"] |= {"apiVersion": {}, "kind": {}, "metadata": {}}
-    jsonschema.Draft202012Validator(rule).validate(with_defaults(it, rule, it["kind"]))
-
-
 @pytest.mark.parametrize("build", [*PIPELINES, *SERVICES])
-def test_kuberay_objects_hold_to_their_schema(build: str) -> None:
+def test_kuberay_objects_have_known_keys_of_their_types(build: str) -> None:
     it = of_kind(build, "RayJob" if build in PIPELINES else "RayService")
-    check_against_crd(it)
+    model = KUBERAY[it["kind"]]
+    model.model_validate(it)
     spec = it["spec"]
     cluster = spec.get("rayClusterSpec", spec.get("rayClusterConfig"))
     group = cluster["workerGroupSpecs"][0]
@@ -93,25 +62,20 @@ def test_kuberay_objects_hold_to_their_schema(build: str) -> None:
     ]:
         before = dict(where)
         where[key] = value
-        with pytest.raises((AssertionError, jsonschema.ValidationError)):
-            check_against_crd(it)
+        with pytest.raises(ValidationError, match=key):
+            model.model_validate(it)
         where.clear()
         where.update(before)
 
 
-def test_pods_that_are_not_ray_s_hold_to_the_schema_of_a_pod() -> None:
-    """Which KubeRay's has in it."""
-    cluster = schema("kuberay-raycluster.json")["schema"]["properties"]["spec"]["properties"]
-    rule = cluster["headGroupSpec"]["properties"]["template"]
-    rule["properties"]["metadata"] = {}
-    platform = built(KUBERNETES / "base" / "platform")
-    templates = [t for it in platform for t in pod_templates(it)]
+def test_pods_that_are_not_ray_s_have_known_keys_of_their_types() -> None:
+    templates = [t for it in built(KUBERNETES / "base" / "platform") for t in pod_templates(it)]
     assert len(templates) == 2
     for template in templates:
-        jsonschema.Draft202012Validator(rule).validate(with_defaults(template, rule, "pod"))
+        PodTemplate.model_validate(template)
     templates[0]["spec"]["containers"][0]["readinesProbe"] = {}
-    with pytest.raises(AssertionError, match="readinesProbe"):
-        with_defaults(templates[0], rule)
+    with pytest.raises(ValidationError, match="readinesProbe"):
+        PodTemplate.model_validate(templates[0])
 
 
 def test_every_file_is_used_by_a_kustomization() -> None:
@@ -119,13 +83,9 @@ def test_every_file_is_used_by_a_kustomization() -> None:
     assert {path.resolve() for path in KUBERNETES.rglob("*.*")} == used
 
 
+@needs.KUBECTL.met_if(shutil.which("kubectl"))
 @pytest.mark.parametrize("build", BUILDS)
 def test_kustomize_builds_what_is_tested_here(build: str) -> None:
-    ours = built(KUBERNETES / build)
-    if shutil.which("kubectl") is None:
-        pytest.skip(
-            "kubectl is not installed: only our own reading of the kustomization was tested"
-        )
     output = subprocess.run(
         ["kubectl", "kustomize", str(KUBERNETES / build)], capture_output=True, text=True
     )
@@ -135,7 +95,7 @@ def test_kustomize_builds_what_is_tested_here(build: str) -> None:
     def key(it: dict[str, Any]) -> tuple[str, str]:
         return it["kind"], it["metadata"]["name"]
 
-    assert sorted(ours, key=key) == sorted(theirs, key=key)
+    assert sorted(built(KUBERNETES / build), key=key) == sorted(theirs, key=key)
 
 
 CLUSTER_WIDE = {"Namespace", "ResourceFlavor", "ClusterQueue"}
@@ -339,10 +299,27 @@ def test_the_serve_config_names_the_service_and_it_fits_into_its_cluster(build: 
         assert ports["serve"] == deployed.http_options.port
 
 
+def registered_untrained(folder: Path) -> str:
+    """A registry whose champion of `digits` was never trained."""
+    config = load_config(str(ROOT / "configs" / "digits.yaml"), [])
+    spec = ModelSpec(
+        network=config.network,
+        diffusion=config.diffusion,
+        channels=config.data.channels,
+        image_size=config.data.image_size,
+        class_names=[str(i) for i in range(10)],
+        has_null_label=True,
+    )
+    uri = f"sqlite:///{folder}/mlflow.db"
+    files = model_files(spec, save(spec.make_network().state_dict()), {})
+    with contextlib.chdir(folder):  # where MLflow puts its artifacts
+        reference = register(TrackedRun(uri, "digits", "untrained", {}), "digits", files, {})
+    make_client(uri).set_registered_model_alias("digits", "champion", reference.version)
+    return uri
+
+
 @pytest.mark.parametrize("build", SERVICES)
-def test_ray_builds_the_application_of_the_serve_config(
-    build: str, tiny: Workplace, tmp_path: Path
-) -> None:
+def test_ray_builds_the_application_of_the_serve_config(build: str, tmp_path: Path) -> None:
     from ray._common.constants import HEAD_NODE_RESOURCE_NAME
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_app
 
@@ -352,7 +329,7 @@ def test_ray_builds_the_application_of_the_serve_config(
     keys.write_text("ann ann-0123456789abcdef\n")
     args = serve_config(build)[1]["args"] | {
         "model": "digits@champion",
-        "tracking_uri": f"sqlite:///{tiny.folder}/mlflow.db",
+        "tracking_uri": registered_untrained(tmp_path),
         "api_keys": str(keys),
     }
     ingress = build_app(application, args)._bound_deployment

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import needs
 from tests.conftest import ROOT
 from tests.unit.test_images import encoded, in_mode
 
@@ -31,7 +32,7 @@ for path in sys.argv[2:]:
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures as Linux does")
+@needs.CLEAR_REFS.met_if(Path("/proc/self/clear_refs").exists())
 def test_an_image_takes_the_memory_that_is_stated(tmp_path: Path) -> None:
     """By MAX_PIXELS; in a process of its own, for its peak."""
     side = 3000
@@ -74,7 +75,7 @@ print(large.items.num_rows, peak() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures as Linux does")
+@needs.CLEAR_REFS.met_if(Path("/proc/self/clear_refs").exists())
 @pytest.mark.parametrize(("encoding", "times"), [("raw", 2), ("png", 3)])
 def test_a_task_takes_the_memory_that_is_stated(tmp_path: Path, encoding: str, times: int) -> None:
     """By MAX_SHARD_BYTES; in a process of its own, for its peak. Noise is as large as PNG."""

@@ -16,13 +16,14 @@ import pytest
 
 from pipeline import storage
 from pipeline.storage import Manifest
+from tests import needs
 from tests.conftest import Workplace, end, tiny_command
 from tests.machines import Machine, why_not
 from tests.rooms import Room
 from tests.s3 import stumble
 from tests.system.head.test_pipeline import metric_history
 
-pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
+pytest.importorskip("moto", reason=needs.extra("moto", "s3-test"))
 
 from tests.cluster import Cluster
 from tests.conftest import HANG
@@ -33,10 +34,7 @@ PORT = 8000
 RANK, SAMPLER = "RayTrainWorker", "Sampler"
 """In the titles of Ray's processes."""
 
-needs_machines = pytest.mark.skipif(
-    bool(why_not()),
-    reason=f"rooms have a port and a disk in common ({why_not()}): run the tests as root on Linux",
-)
+needs_machines = needs.MACHINES.met_if(not why_not())
 
 
 class PowerCuts:

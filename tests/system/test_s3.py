@@ -29,10 +29,10 @@ from pipeline.data.preprocess import preprocess_shard
 from pipeline.data.sources import scan
 from pipeline.data.windows import WindowedShuffle
 from pipeline.errors import DataError, StorageError
-from tests import shard_sets
+from tests import needs, shard_sets
 from tests.conftest import ENVIRONMENT, ROOT, TINY, Workplace, tiny_command
 
-pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
+pytest.importorskip("moto", reason=needs.extra("moto", "s3-test"))
 
 from tests.conftest import HANG
 from tests.s3 import S3, Fault, Unreliable

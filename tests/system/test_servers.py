@@ -11,9 +11,10 @@ from mlflow.tracking import MlflowClient
 
 from pipeline.errors import StorageError
 from pipeline.registry.runs import make_client
+from tests import needs
 from tests.conftest import ENVIRONMENT, end, free_port
 
-pytest.importorskip("moto", reason="pip install 'ray-ddpm[s3-test]'")
+pytest.importorskip("moto", reason=needs.extra("moto", "s3-test"))
 
 from tests.conftest import HANG
 from tests.s3 import S3
@@ -24,9 +25,7 @@ from tests.servers import (
     why_no_postgres,
 )
 
-pytestmark = [
-    pytest.mark.skipif(bool(why_no_postgres()), reason=why_no_postgres()),
-]
+pytestmark = needs.POSTGRESQL.met_if(not why_no_postgres())
 
 LOGGERS, POINTS = 3, 100
 

@@ -30,9 +30,10 @@ from pipeline.samplers.plan import ALPHA_BAR, LOG_RANGE, Plan, T, X, Z, run_plan
 from pipeline.samplers.pndm import pndm
 from pipeline.samplers.spacing import make_times
 from pipeline.samplers.unipc import unipc
+from tests import needs
 from tests.mixture import TWO_MODES, Mixture
 
-diffusers = pytest.importorskip("diffusers", reason="pip install -e '.[diffusers]' to compare")
+diffusers = needs.package("diffusers", "diffusers")
 
 pytestmark = [
     # diffusers 0.42 hands torch tensors to numpy in the ways of numpy 1

@@ -18,8 +18,9 @@ from pipeline.registry.diffusers_format import from_diffusers, to_diffusers
 from pipeline.samplers.config import SamplingConfig, Spacing
 from pipeline.samplers.model import Model, ModelSpec, build_model, make_plan
 from pipeline.samplers.plan import ALPHA_BAR, T, X, advance, scaled_noise, start, threshold
+from tests import needs
 
-diffusers = pytest.importorskip("diffusers", reason="pip install -e '.[diffusers]' to compare")
+diffusers = needs.package("diffusers", "diffusers")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 

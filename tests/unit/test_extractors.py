@@ -39,6 +39,7 @@ from pipeline.evaluation.frechet import fit_gaussian, frechet_distance, moments
 from pipeline.evaluation.inception import Inception
 from pipeline.evaluation.real_images import features_path, read_features, write_tensors
 from pipeline.storage import sha256
+from tests import needs
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 1), dtype=np.uint8)
 
@@ -129,8 +130,8 @@ def test_a_file_is_kept_whole_so_that_it_may_go(tmp_path: Path, file: NetworkFil
 
 
 def test_an_onnx_model_of_the_users_finds_the_same(tmp_path: Path, file: NetworkFile) -> None:
-    onnx = pytest.importorskip("onnx", reason="pip install -e '.[onnx]'")
-    pytest.importorskip("onnxruntime", reason="pip install -e '.[onnx]'")
+    onnx = needs.package("onnx", "onnx")
+    needs.package("onnxruntime", "onnx")
     node, tensor = onnx.helper.make_node, onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
         [
@@ -191,19 +192,13 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, file: Network
 
 # --- networks that are known --------------------------------------------------------------------
 
-ORACLES = Path(sys.prefix) / "oracles"
-"""Packages that cannot be imported beside others: torchmetrics takes torch-fidelity where it is
-installed, and fails with it where torchvision is not."""
-
 
 def fidelity(monkeypatch: pytest.MonkeyPatch) -> Any:
     """torch-fidelity's Inception; the rest of that package needs torchvision."""
-    if not (ORACLES / "torch_fidelity").is_dir():
-        pytest.skip(
-            f"pip install --no-deps --target {ORACLES} torch-fidelity==0.4.0, as make test does"
-        )
+    if not (needs.ORACLES / "torch_fidelity").is_dir():
+        needs.FIDELITY.skip()
     package = ModuleType("torch_fidelity")
-    package.__path__ = [str(ORACLES / "torch_fidelity")]
+    package.__path__ = [str(needs.ORACLES / "torch_fidelity")]
     monkeypatch.setitem(sys.modules, "torch_fidelity", package)
     module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     for name in list(sys.modules):
@@ -269,7 +264,7 @@ def test_other_weights_than_inceptions_are_refused(
 
 
 def test_efficientnet_knows_photographs(tmp_path: Path) -> None:
-    pytest.importorskip("efficientnet_lite_pytorch", reason="pip install -e '.[efficientnet]'")
+    needs.package("efficientnet_lite_pytorch", "efficientnet")
     extractor = made(tmp_path, EfficientNetLite0(kind="efficientnet_lite0"))
     (china, flower) = load_sample_images().images
     for image, classes in ((china, {698, 832, 663}), (flower, {985})):

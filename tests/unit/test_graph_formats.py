@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.networks.monotone import ScheduledNetwork
 from pipeline.registry.graph_formats import to_onnx, to_torch_export, trace
 from pipeline.samplers.model import ModelSpec, build_model
+from tests import needs
 
 SMALL = {"base_channels": 8, "channel_multipliers": [1, 2], "blocks_per_level": 1}
 SPECS: dict[str, dict[str, Any]] = {
@@ -84,8 +85,8 @@ def test_a_graph_of_torch_export_is_the_network(traced: Traced) -> None:
 
 @pytest.mark.parametrize("traced", ["unet", "dit"], indirect=True)
 def test_a_graph_of_onnx_is_the_network(traced: Traced) -> None:
-    onnx = pytest.importorskip("onnx", reason="pip install -e '.[onnx]' to compare")
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnx = needs.package("onnx", "onnx")
+    onnxruntime = needs.package("onnxruntime", "onnx")
     files = to_onnx(traced.spec, traced.program)
     assert list(files) == ["network.onnx"]
     session = onnxruntime.InferenceSession(files["network.onnx"])

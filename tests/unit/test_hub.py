@@ -22,9 +22,10 @@ from pipeline.data.input_shards import cut, read
 from pipeline.data.listing import absolute
 from pipeline.data.sources import Source, scan
 from pipeline.errors import DataError
+from tests import needs
 from tests.hub import Hub
 
-huggingface_hub = pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
+huggingface_hub = needs.package("huggingface_hub", "interop")
 
 CLASSES = ("cat", "dog", "owl")
 NUM_FILES = 36
@@ -47,7 +48,7 @@ def write_images(folder: Path) -> None:
 
 def write_parquet(path: Path, seeds: range) -> None:
     """As `datasets` writes it, in row groups of 16."""
-    datasets = pytest.importorskip("datasets", reason="pip install 'ray-ddpm[interop]'")
+    datasets = needs.package("datasets", "interop")
     datasets.disable_progress_bars()
     columns = {"image": [png(i) for i in seeds], "label": [i % 3 for i in seeds]}
     names = datasets.ClassLabel(names=list(CLASSES))

@@ -1,7 +1,4 @@
-"""infra/ without Docker: compose, the image, the cluster launcher, and what all of infra/ names.
-
-The schema of compose is not part of this project, see tests/infra.py.
-"""
+"""infra/ without Docker: compose, the image, the cluster launcher, and what all of infra/ names."""
 
 import json
 import re
@@ -11,6 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from tasks.cluster import ENVIRONMENT
 from tests.conftest import ROOT
@@ -24,16 +22,13 @@ from tests.infra import (
     PROJECT,
     SERVICES,
     built,
+    compose,
     containers,
     documents,
     found,
     instructions,
-    schema,
 )
-
-
-def compose() -> Any:
-    return yaml.safe_load((INFRA / "compose.yaml").read_text())
+from tests.infra_models import Compose
 
 
 def test_every_file_can_be_parsed() -> None:
@@ -44,15 +39,19 @@ def test_every_file_can_be_parsed() -> None:
         assert json.loads(path.read_text())
 
 
-def test_compose_holds_to_its_schema() -> None:
-    validator = jsonschema.Draft7Validator(schema("compose-spec.json"))
-    validator.validate(compose())
-    validator.validate(more := documents(INFRA / "compose.gpu.yaml")[0])
+def check_compose(described: dict[str, Any]) -> None:
+    Compose.model_validate({key: it for key, it in described.items() if not key.startswith("x-")})
+
+
+def test_compose_has_known_keys_of_their_types() -> None:
+    check_compose(compose())
+    check_compose(more := compose("compose.gpu.yaml"))
     assert more["services"].keys() <= compose()["services"].keys()
-    broken = compose()
-    broken["services"]["head"]["comand"] = broken["services"]["head"].pop("command")
-    with pytest.raises(jsonschema.ValidationError, match="comand"):
-        validator.validate(broken)
+    for key, value in [("comand", ["ray"]), ("restart", "never"), ("ports", 8265), ("init", "yes")]:
+        broken = compose()
+        broken["services"]["head"][key] = value
+        with pytest.raises(ValidationError, match=key):
+            check_compose(broken)
 
 
 def test_the_cluster_launcher_takes_its_file() -> None:

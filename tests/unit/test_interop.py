@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data.shards import encode_part, part_path
+from tests import needs
 
 COUNT, SHAPE = 12, (6, 5, 3)
 IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, *SHAPE), dtype=np.uint8)
@@ -35,7 +36,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def tool(name: str) -> Any:
     """Another package, or a skipped test that says where to get it."""
-    return pytest.importorskip(name, reason=f"{name} is missing: pip install -e '.[interop]'")
+    return needs.package(name, "interop")
 
 
 def glob(parts: dict[str, Path], encoding: str) -> str:

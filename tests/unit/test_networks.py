@@ -26,6 +26,7 @@ from pipeline.networks.unet import (
     half,
 )
 from pipeline.samplers.model import ModelSpec
+from tests import needs
 from tests.conftest import ROOT
 
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -205,7 +206,7 @@ def test_attention_is_that_of_torch_with_as_many_heads() -> None:
 @pytest.mark.parametrize("conditioning", ["scale_shift", "add"])
 @pytest.mark.parametrize("resample", [None, half, double])
 def test_a_residual_block_is_that_of_diffusers(conditioning: Any, resample: Any) -> None:
-    resnet = pytest.importorskip("diffusers.models.resnet")
+    resnet = needs.package("diffusers.models.resnet", "diffusers")
     config = UNetConfig(base_channels=4, channel_multipliers=[1], conditioning=conditioning)
     ours = ResidualBlock(32, 64, 16, config, resample).eval()
     nn.init.normal_(ours.conv2.weight, std=0.1)
@@ -264,7 +265,7 @@ def test_a_preset_has_the_published_number_of_parameters(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 def test_the_ddpm_of_diffusers_has_the_same_number_of_parameters() -> None:
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = needs.package("diffusers", "diffusers")
     plain, attending = ("DownBlock2D", "UpBlock2D"), ("AttnDownBlock2D", "AttnUpBlock2D")
     blocks = [plain, attending, plain, plain]
     with torch.device("meta"):

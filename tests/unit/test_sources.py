@@ -27,6 +27,7 @@ from pipeline.data.input_shards import cut, read
 from pipeline.data.listing import absolute, list_files
 from pipeline.data.sources import Source, scan
 from pipeline.errors import DataError, StorageError
+from tests import needs
 from tests.conftest import ROOT
 
 
@@ -557,11 +558,7 @@ def test_the_builtin_digits_are_the_real_ones() -> None:
     assert zero[0, :, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]
 
 
-FASHION = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts it."""
-
-
-@pytest.mark.skipif(not FASHION.exists(), reason="apt-get install dataset-fashion-mnist")
+@needs.DATA_SET.met_if(needs.FASHION_MNIST.exists())
 def test_fashion_mnist_is_read_as_debian_installs_it() -> None:
     from pipeline.config import load_config
 
