@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.device import send
 from pipeline.diffusion.config import Variance
 from pipeline.diffusion.gaussian import like, posterior_coefficients, q_sample
 from pipeline.diffusion.schedules import Schedule
@@ -89,7 +90,7 @@ def bound_term(
     (last,) = (t == 0).nonzero(as_tuple=True)
     if not len(last):
         return term
-    last = last.to(x_0.device)
+    last = send(last, x_0.device)
     log_variance = (like(log_beta_tilde, x_0) + r)[last]
     nll = discretised_gaussian_nll(x_0[last], x_0_hat[last], log_variance)
     return term.index_put((last,), _bits_per_dim(nll))

@@ -18,15 +18,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pipeline.device import is_apart
+
 
 def like(c: Tensor, x: Tensor) -> Tensor:
     """The float64 coefficient `c`, () or (B,), shaped, cast and placed to multiply x (B, ...).
 
-    A GPU is not waited for.
+    A device is not waited for, unless the coefficient comes from there.
     """
     assert c.dtype == torch.float64
     shaped = c.reshape(c.shape + (1,) * (x.ndim - c.ndim))
-    return shaped.to(x.device, x.dtype, non_blocking=True)
+    return shaped.to(x.device, x.dtype, non_blocking=is_apart(x.device))
 
 
 def one_by_one(f: Callable[[Tensor], Tensor], c: Tensor) -> Tensor:

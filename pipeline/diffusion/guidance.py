@@ -7,6 +7,7 @@ A learned variance is not guided: callers pass the part of the output that stand
 import torch
 from torch import Tensor
 
+from pipeline.device import send
 from pipeline.diffusion.gaussian import like
 
 
@@ -25,7 +26,7 @@ def rescaled(output: Tensor, output_label: Tensor, phi: Tensor) -> Tensor:
     """
     # image by image: a reduction over a batch may round differently with its size
     std, std_label = (
-        torch.stack([image.std() for image in batch]).double().cpu()
-        for batch in (output, output_label)
+        torch.stack([image.std() for image in batch]).double() for batch in (output, output_label)
     )
+    phi = send(phi, output.device)
     return like(phi * std_label / std + 1 - phi, output) * output

@@ -58,7 +58,7 @@ def log_density(
             x_t = joint[:, :D].reshape(shape).requires_grad_()
             x_0 = predict_x_0(x_t, log_snr)
             trace = exact_trace(x_0, x_t) if signs is None else hutchinson_trace(x_0, x_t, signs)
-        alpha_bar = one_by_one(torch.sigmoid, log_snr)
+        alpha_bar = like(one_by_one(torch.sigmoid, log_snr), trace)
         divergence = (alpha_bar.sqrt() * trace - alpha_bar * D) / 2
         velocity = flow(x_t.detach(), x_0.detach(), log_snr).flatten(1)
         return torch.cat([velocity, divergence[:, None]], dim=1)
@@ -73,17 +73,17 @@ def log_density(
 def exact_trace(y: Tensor, x: Tensor) -> Tensor:
     """tr ∂y_i/∂x_i of each row of y (B, ...), a function of x (B, ...) row by row: (B,) float64."""
     flat = y.flatten(1)
-    trace = torch.zeros(len(x), dtype=torch.float64)
+    trace = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for d in range(flat.shape[1]):
         (row,) = torch.autograd.grad(flat[:, d].sum(), x, retain_graph=True)
-        trace += row.flatten(1)[:, d].double().cpu()
+        trace += row.flatten(1)[:, d].double()
     return trace
 
 
 def hutchinson_trace(y: Tensor, x: Tensor, v: Tensor) -> Tensor:
     """vᵀJv for the Jacobian J of each row; arguments (B, ...), result (B,) float64."""
     (product,) = torch.autograd.grad(y, x, v.to(y))
-    return (product.double() * v.to(product)).flatten(1).sum(1).cpu()
+    return (product.double() * v.to(product)).flatten(1).sum(1)
 
 
 def draw_signs(keys: list[int], shape: tuple[int, ...]) -> Tensor:

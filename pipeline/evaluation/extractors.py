@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.data.images import to_unit
+from pipeline.device import CPU, send
 from pipeline.errors import CorruptArtifact
 from pipeline.evaluation.config import ExtractorConfig
 from pipeline.evaluation.extractor_files import config_of, find_by, read
@@ -33,9 +34,9 @@ class Found(NamedTuple):
     """What an extractor finds in images."""
 
     features: Tensor
-    """(N, D) float32"""
+    """(N, D) float32, on the CPU"""
     log_probs: Tensor | None
-    """(N, classes) float32, if it is a classifier."""
+    """(N, classes) float32, on the CPU, if it is a classifier."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def keep_file(folder: str, config: ExtractorConfig) -> None:
     storage.write_json(storage.join(folder, DESCRIPTION), description)
 
 
-def load_extractor(folder: str) -> Extractor | None:
-    """The extractor of a folder; None if it has none.
+def load_extractor(folder: str, device: torch.device = CPU) -> Extractor | None:
+    """The extractor of a folder, on a device; None if it has none.
 
     Raises:
         CorruptArtifact: the file that was kept is damaged.
@@ -99,14 +100,14 @@ def load_extractor(folder: str) -> Extractor | None:
         return None
     name, digest = description["name"], description["digest"]
     if description["kind"] == "classifier":
-        return by_classifier(name, digest, load_classifier(folder))
+        return by_classifier(name, digest, load_classifier(folder), device)
     data = storage.read_bytes(storage.join(folder, WEIGHTS))
     if storage.sha256(data) != description["kept"]:
         raise CorruptArtifact(
             f"{storage.join(folder, WEIGHTS)} is damaged: delete its folder, and the same command "
             "makes it anew"
         )
-    found = find_by(config_of(description["config"]), data)
+    found = find_by(config_of(description["config"]), data, device)
     # such networks are wide, and their images large
     return Extractor(name, digest, lambda pixels: Found(*found(pixels)), images_at_once=32)
 
@@ -116,14 +117,16 @@ def load_classifier(folder: str) -> TrainedClassifier:
     return from_files({name: storage.read_bytes(storage.join(folder, name)) for name in CLASSIFIER})
 
 
-def by_classifier(name: str, digest: str, classifier: TrainedClassifier) -> Extractor:
-    """The penultimate layer of a classifier, and its classes."""
-    network = classifier.network
+def by_classifier(
+    name: str, digest: str, classifier: TrainedClassifier, device: torch.device = CPU
+) -> Extractor:
+    """The penultimate layer of a classifier, which moves to the device, and its classes."""
+    network = classifier.network.to(device)
 
     @torch.inference_mode()
     def find(pixels: np.ndarray) -> Found:
-        features = network.features(to_unit(torch.from_numpy(pixels)))
-        return Found(features, network.out(features).log_softmax(1))
+        features = network.features(to_unit(send(torch.from_numpy(pixels), device)))
+        return Found(features.cpu(), network.out(features).log_softmax(1).cpu())
 
     return Extractor(name, digest, find, images_at_once=256)
 

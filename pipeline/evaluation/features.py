@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pipeline.data.images import to_unit
 from pipeline.data.shards import NO_LABEL, ImageSet
+from pipeline.device import CPU, send
 from pipeline.seeding import key, normal, permutation
 
 
@@ -55,13 +56,21 @@ class TrainedClassifier:
 
 
 def train_classifier(
-    train: ImageSet, holdout: ImageSet, num_classes: int, seed: int, epochs: int
+    train: ImageSet,
+    holdout: ImageSet,
+    num_classes: int,
+    seed: int,
+    epochs: int,
+    device: torch.device = CPU,
 ) -> TrainedClassifier:
-    """Fit on the labelled images of `train` with light noise, measure on those of `holdout`."""
-    x, y = _labelled(train)
+    """Fit on the labelled images of `train` with light noise, measure on those of `holdout`.
+
+    It is fitted on `device`, and on the CPU afterwards.
+    """
+    x, y = _labelled(train, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, "classifier/init"))
-        network = Classifier(x.shape[1], num_classes)
+        network = Classifier(x.shape[1], num_classes).to(device)
     batch = 64
     steps = epochs * -(-len(x) // batch)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
@@ -70,22 +79,23 @@ def train_classifier(
         order = torch.from_numpy(permutation(key(seed, "classifier/order", epoch), len(x)))
         for i, rows in enumerate(torch.split(order, batch)):
             noise = normal([key(seed, "classifier/noise", epoch, i)], (len(rows), *x.shape[1:]))[0]
+            rows, noise = send(rows, device), send(noise, device)
             loss = F.cross_entropy(network(x[rows] + 0.2 * noise), y[rows])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     network.eval().requires_grad_(False)
-    x, y = _labelled(holdout)
+    x, y = _labelled(holdout, device)
     accuracy = float((predict(network, x) == y).double().mean()) if len(y) else float("nan")
-    return TrainedClassifier(network, accuracy, len(y))
+    return TrainedClassifier(network.to(CPU), accuracy, len(y))
 
 
 @torch.inference_mode()
 def predict(network: Classifier, x: Tensor) -> Tensor:
     """The most likely class of each image: (B,) int64."""
     if not len(x):
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device=x.device)
     return torch.cat([network(part).argmax(1) for part in torch.split(x, 256)])
 
 
@@ -111,6 +121,7 @@ def from_files(files: dict[str, bytes]) -> TrainedClassifier:
     return TrainedClassifier(network, facts["holdout_accuracy"], facts["holdout_n"])
 
 
-def _labelled(images: ImageSet) -> tuple[Tensor, Tensor]:
+def _labelled(images: ImageSet, device: torch.device) -> tuple[Tensor, Tensor]:
     rows = np.flatnonzero(images.labels != NO_LABEL)
-    return to_unit(torch.from_numpy(images.images[rows])), torch.from_numpy(images.labels[rows])
+    pixels, labels = torch.from_numpy(images.images[rows]), torch.from_numpy(images.labels[rows])
+    return to_unit(send(pixels, device)), send(labels, device)

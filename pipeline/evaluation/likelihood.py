@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.data.images import to_unit
 from pipeline.data.shards import NO_LABEL, ImageSet
+from pipeline.device import CPU, send
 from pipeline.diffusion.elbo import Elbo, elbo
 from pipeline.diffusion.gaussian import one_by_one
 from pipeline.diffusion.likelihood import bits_per_dim, dequantised, draw_signs
@@ -28,8 +29,6 @@ IMAGES_PER_CHUNK = 16
 TOLERANCE = 1e-5
 """rtol and atol of the ODE, those of Song et al. 2021."""
 CURVE_POINTS = 50
-
-CPU = torch.device("cpu")
 
 
 class OdeBits(NamedTuple):
@@ -59,17 +58,18 @@ def elbo_of(
     x_0, labels = _batch(model, images, device)
 
     def predict(x_t: Tensor, t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = x_t.float().to(device)
+        x = x_t.float()
         of_rows = labels.repeat(len(x) // len(labels))
         output, fraction = model.output(x, t, alpha_bar, of_rows)
-        x_0_hat = model.x_0(output, x, alpha_bar).clamp(-1, 1).cpu()
-        return x_0_hat, None if fraction is None else fraction.cpu()
+        return model.x_0(output, x, alpha_bar).clamp(-1, 1), fraction
 
     def noise(t: int) -> Tensor:
         keys = [key(seed, "elbo", int(i), t) for i in positions]
-        return normal(keys, model.spec.image_shape).double()
+        return send(normal(keys, model.spec.image_shape), device).double()
 
-    return elbo(x_0, model.schedule, model.spec.diffusion.variance, predict, noise)
+    variance = model.spec.diffusion.variance
+    found = elbo(send(x_0, device), model.schedule, variance, predict, noise)
+    return Elbo(found.prior.cpu(), found.terms.cpu())
 
 
 def ode_bits_of(
@@ -97,7 +97,7 @@ def ode_bits_of(
     def predict_x_0(x_t: Tensor, log_snr: Tensor) -> Tensor:
         t = one_by_one(model.schedule.t_at, log_snr)
         alpha_bar = one_by_one(torch.sigmoid, log_snr)
-        return model.predict_x_0(x_t.float().to(device), t, alpha_bar, labels).cpu()
+        return model.predict_x_0(x_t.float(), t, alpha_bar, labels)
 
     bits, evaluations = [], []
     for draw in range(draws):
@@ -105,19 +105,21 @@ def ode_bits_of(
         signs = None
         if trace == "hutchinson":
             keys = [key(seed, "hutchinson", int(i), draw) for i in positions]
-            signs = draw_signs(keys, tuple(x.shape[1:]))
+            signs = send(draw_signs(keys, tuple(x.shape[1:])), device)
+        x = send(x, device)
         solution = bits_per_dim(predict_x_0, x, data, noise, signs, TOLERANCE, TOLERANCE)
-        bits.append(solution.x)
+        bits.append(solution.x.cpu())
         evaluations.append(solution.evaluations)
     return OdeBits(torch.stack(bits, dim=1), torch.stack(evaluations, dim=1))
 
 
 def _batch(model: Model, images: ImageSet, device: torch.device) -> tuple[Tensor, Tensor]:
-    """x_0 (B, C, H, W) float64 and the labels (B,), ∅ for an image without one."""
+    """x_0 (B, C, H, W) float64 on the CPU, and on the device the network and the labels (B,), ∅ for
+    an image without one."""
     model.network.to(device)
     x_0 = to_unit(torch.from_numpy(images.images)).double()
     labels = torch.from_numpy(images.labels)
-    return x_0, labels.masked_fill(labels == NO_LABEL, model.spec.num_classes)
+    return x_0, send(labels.masked_fill(labels == NO_LABEL, model.spec.num_classes), device)
 
 
 def summarise_elbo(chunks: Sequence[Elbo]) -> dict[str, Any]:

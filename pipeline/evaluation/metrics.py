@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.data.images import to_unit
 from pipeline.data.shards import NO_LABEL, ImageSet
+from pipeline.device import CPU, send
 from pipeline.diffusion.gaussian import q_sample
 from pipeline.diffusion.losses import simple_loss
 from pipeline.diffusion.parameterisation import target
@@ -42,11 +43,14 @@ class HoldoutLoss(NamedTuple):
         }
 
 
-def holdout_loss(model: Model, images: ImageSet, seed: int, batch: int = 64) -> HoldoutLoss:
+def holdout_loss(
+    model: Model, images: ImageSet, seed: int, device: torch.device = CPU, batch: int = 64
+) -> HoldoutLoss:
     """L_simple of held-out images with fixed noise and evenly spread timesteps.
 
     It is the loss in the model's own parameterisation, whatever it was weighted by in training.
     """
+    model.network.to(device)
     n = len(images)
     t = (
         torch.arange(n) * model.schedule.timesteps // n
@@ -54,10 +58,10 @@ def holdout_loss(model: Model, images: ImageSet, seed: int, batch: int = 64) -> 
     losses = []
     for start in range(0, n, batch):
         rows = slice(start, min(start + batch, n))
-        x_0 = to_unit(torch.from_numpy(images.images[rows]))
+        x_0 = to_unit(send(torch.from_numpy(images.images[rows]), device))
         labels = torch.from_numpy(images.labels[rows])
         keys = [key(seed, "holdout_loss", i) for i in range(rows.start, rows.stop)]
-        eps = normal(keys, tuple(x_0.shape[1:]))
+        eps = send(normal(keys, tuple(x_0.shape[1:])), device)
         alpha_bar = model.schedule.alpha_bar[t[rows]]
         x_t = q_sample(x_0, eps, alpha_bar)
         null = labels.masked_fill(labels == NO_LABEL, model.spec.num_classes)
@@ -65,4 +69,4 @@ def holdout_loss(model: Model, images: ImageSet, seed: int, batch: int = 64) -> 
         config = model.spec.diffusion
         wanted = target(config.prediction, x_0, eps, alpha_bar, config.sigma_data)
         losses.append(simple_loss(wanted, output))
-    return HoldoutLoss(t, torch.cat(losses).double() if n else torch.empty(0).double())
+    return HoldoutLoss(t, torch.cat(losses).double().cpu() if n else torch.empty(0).double())

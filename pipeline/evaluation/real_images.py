@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.data.parts import Part, choose
+from pipeline.device import CPU
 from pipeline.evaluation.extractors import Extractor, load_extractor
 from pipeline.evaluation.figures import (
     MOST_KEPT,
@@ -40,18 +41,18 @@ MOST_NEAREST = 1000
 
 
 @functools.lru_cache(maxsize=2)  # a worker process extracts from many files of images
-def extractor_of(folder: str) -> Extractor | None:
+def extractor_of(folder: str, device: torch.device = CPU) -> Extractor | None:
     """`load_extractor`, kept by the process."""
-    return load_extractor(folder)
+    return load_extractor(folder, device)
 
 
 def features_path(split: str, number: int) -> str:
     return f"{FEATURES}/{split}-{number:05d}.safetensors"
 
 
-def extract(folder: str, parts: Sequence[Part], path: str) -> None:
+def extract(folder: str, parts: Sequence[Part], path: str, device: torch.device = CPU) -> None:
     """Write the features of all images of some parts to a path below `folder`."""
-    extractor = extractor_of(folder)
+    extractor = extractor_of(folder, device)
     assert extractor is not None
     found = []
     for part in parts:

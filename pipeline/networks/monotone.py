@@ -41,7 +41,7 @@ class LearnedSchedule(nn.Module):
     def progress(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(ψ(u), ψ'(u)) at u (B,) in [0, 1]: (B,) float64 each; ψ(0) = 0, ψ(1) = 1, ψ' > 0."""
         y, slope = self._rise(u.double())
-        (low, high), _ = self._rise(u.new_tensor([0.0, 1.0], dtype=torch.float64))
+        (low, high), _ = self._rise(torch.arange(2.0, dtype=torch.float64, device=u.device))
         return (y - low) / (high - low), slope / (high - low)
 
     def gamma(self, psi: Tensor, psi_slope: Tensor) -> tuple[Tensor, Tensor]:

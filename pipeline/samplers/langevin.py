@@ -93,11 +93,10 @@ def step_sizes(
         return (2 * r**2 * (1 - row[ALPHA_BAR])).expand(len(z))
     alpha = schedule.alpha[int(row[T].round())]
     # image by image: a reduction over a batch may round differently with its size
-    ratio = [
-        float(z_i.double().norm() / score_i.double().norm())
-        for z_i, score_i in zip(z, score, strict=True)
+    ratios = [
+        z_i.double().norm() / score_i.double().norm() for z_i, score_i in zip(z, score, strict=True)
     ]
-    return 2 * alpha * (r * torch.tensor(ratio, dtype=torch.float64)) ** 2
+    return 2 * alpha * (r * torch.stack(ratios)) ** 2
 
 
 def corrected(x: Tensor, score: Tensor, z: Tensor, step: Tensor) -> Tensor:

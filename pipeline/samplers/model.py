@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from pipeline.device import send
 from pipeline.diffusion.config import DiffusionConfig, Variance
 from pipeline.diffusion.elbo import mean_and_fraction
 from pipeline.diffusion.parameterisation import network_input, x_0_from
@@ -91,8 +92,8 @@ class Model:
     ) -> tuple[Tensor, Tensor | None]:
         """What the network says of a batch of rows, in its own parameterisation.
 
-        x_t: (B, C, H, W); t, alpha_bar: (B,) float64 on the CPU; label: (B,), num_classes for ∅.
-        Differentiable in x_t where that requires a gradient.
+        x_t: (B, C, H, W); t, alpha_bar: (B,) float64; label: (B,), num_classes for ∅. These three
+        on the CPU or beside x_t. Differentiable in x_t where that requires a gradient.
 
         Returns:
             the output and, where the variance is learned, its fraction between log β̃ (0) and
@@ -100,8 +101,8 @@ class Model:
         """
         with torch.inference_mode(not x_t.requires_grad):
             image, time = network_input(self.spec.diffusion, x_t, t, alpha_bar)
-            label_or_none = label.to(x_t.device) if self.spec.num_classes else None
-            out: Tensor = self.network(image, time.to(x_t.device), label_or_none)
+            label_or_none = send(label, x_t.device) if self.spec.num_classes else None
+            out: Tensor = self.network(image, send(time, x_t.device), label_or_none)
         if not self.spec.learns_variance:
             return out, None
         return mean_and_fraction(out)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.device import send
 from pipeline.diffusion.gaussian import like
 from pipeline.samplers.config import SamplingConfig
 
@@ -100,17 +101,25 @@ def needs_noise(rows: Tensor) -> Tensor:
     return (rows[..., MATRIX][..., Z::NUM_SOURCES] != 0).any(-1)
 
 
-def threshold(x_0: Tensor, rows: Tensor) -> Tensor:
-    """x̂_0 within its bound: clipped, or dynamically thresholded (Saharia et al. 2022, 2.3)."""
+def threshold(x_0: Tensor, rows: Tensor, known: Tensor | None = None) -> Tensor:
+    """x̂_0 within its bound: clipped, or dynamically thresholded (Saharia et al. 2022, 2.3).
+
+    Args:
+        known: the rows on the CPU, where `rows` are on a device that is not to be waited for.
+    """
     bound = like(rows[:, CLIP], x_0)
-    dynamic = rows[:, QUANTILE] > 0
-    if dynamic.any():
-        scale = torch.ones(len(x_0), dtype=torch.float64)
-        for i in dynamic.nonzero().flatten().tolist():
-            s = torch.quantile(x_0[i].float().abs().flatten(), float(rows[i, QUANTILE]))
-            scale[i] = max(float(s), 1.0)
-        bound = bound * like(scale, x_0)
-        return x_0.clamp(-bound, bound) / like(scale, x_0)
+    quantiles = (rows if known is None else known)[:, QUANTILE].tolist()
+    if any(quantiles):
+        one = torch.ones((), dtype=x_0.dtype, device=x_0.device)
+        scales = [
+            torch.quantile(x_0_i.float().abs().flatten(), q).clamp(min=1.0).to(x_0.dtype)
+            if q
+            else one
+            for x_0_i, q in zip(x_0, quantiles, strict=True)
+        ]
+        scale = torch.stack(scales).reshape(-1, *[1] * (x_0.ndim - 1))
+        bound = bound * scale
+        return x_0.clamp(-bound, bound) / scale
     return x_0.clamp(-bound, bound)
 
 
@@ -126,21 +135,26 @@ def scaled_noise(z: Tensor, fraction: Tensor | None, rows: Tensor) -> Tensor:
     return z * torch.stack([image.exp() for image in log_std])
 
 
-def advance(state: Tensor, x_0: Tensor, z: Tensor, rows: Tensor) -> Tensor:
+def advance(
+    state: Tensor, x_0: Tensor, z: Tensor, rows: Tensor, known: Tensor | None = None
+) -> Tensor:
     """One row of a plan for each row of a batch: the next state.
 
     state: (B, 5, C, H, W); x_0, z: (B, C, H, W); rows: (B, NUM_COLUMNS) float64, a plan's row for
-    each image, on the CPU. The sum is taken term by term in one order, and a term of another image
+    each image. The sum is taken term by term in one order, and a term of another image
     adds 0 to this one: the result does not depend on the company.
+
+    Args:
+        known: the rows on the CPU, where `rows` are on a device that is not to be waited for.
     """
-    matrix = rows[:, MATRIX].reshape(-1, len(SLOTS), NUM_SOURCES)
+    matrices = send(rows[:, MATRIX], x_0.device).to(x_0.dtype)
     sources = [*state.unbind(1), x_0, z]
     following = torch.zeros_like(state)
-    entries = matrix.any(0).nonzero().tolist()
-    matrix = matrix.to(x_0.device, x_0.dtype, non_blocking=True)
-    matrix = matrix.reshape(*matrix.shape, *[1] * (x_0.ndim - 1))
-    for slot, source in entries:
-        following[:, slot] += matrix[:, slot, source] * sources[source]
+    used = (rows if known is None else known)[:, MATRIX].any(0).nonzero().flatten().tolist()
+    for entry in used:
+        slot, source = divmod(entry, NUM_SOURCES)
+        coefficient = matrices[:, entry].reshape(-1, *[1] * (x_0.ndim - 1))
+        following[:, slot] += coefficient * sources[source]
     return following
 
 

@@ -13,6 +13,7 @@ for calls of a few sizes.
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.images import to_uint8
+from pipeline.device import CPU, is_apart, send, send_together
 from pipeline.diffusion.guidance import guided, rescaled
 from pipeline.errors import RequestError, shown
 from pipeline.samplers.config import OFFLINE, SamplingConfig, check_sampling
@@ -95,7 +97,8 @@ class Frame(NamedTuple):
     """Of the whole image."""
     x_t: Tensor
     x_0: Tensor
-    """(C, H, W) float32: x_t, and what the network takes the clean image for, in [-1, 1]."""
+    """(C, H, W) float32 on the CPU: x_t, and what the network takes the clean image for, in
+    [-1, 1]."""
 
 
 class Step(NamedTuple):
@@ -109,7 +112,9 @@ class Step(NamedTuple):
 class Engine:
     """Draws images from one model. Not thread-safe; see engine_thread.py.
 
-    Images in hand have places in a few tensors, of which a network call takes some by index.
+    Images in hand have places in a few tensors, of which a network call takes some by index. The
+    images stay on the device; what decides about a call is known on the host, so that nothing but
+    an image or a frame that is wanted is waited for.
 
     Args:
         mode: `exact` or `fast`, see the module.
@@ -127,7 +132,7 @@ class Engine:
     ) -> None:
         assert rows >= 2, "a guided image takes two rows"
         assert mode == "fast" or not compiled, "another shape, or another kernel, rounds otherwise"
-        self.device = device or torch.device("cpu")
+        self.device = device or CPU
         model.network.to(self.device)
         self.mode = mode
         self.rows = rows
@@ -137,6 +142,8 @@ class Engine:
         self.num_calls = 0
         self.num_useful_rows = 0
         self._next_ticket = 0
+        self._under_way: deque[torch.Event] = deque()
+        """The last network calls, where a device makes them while the host goes on."""
         self._clear()
 
     @property
@@ -171,7 +178,8 @@ class Engine:
         self._ids[place] = caller.id
         self._labels[place] = self.label_of(request.label)
         self._tables[place] = table.numpy()
-        self._state[place] = start(normal([_noise_key(request, 0)], self.model.spec.image_shape))[0]
+        x_T = normal([_noise_key(request, 0)], self.model.spec.image_shape)
+        self._state[place] = start(send(x_T, self.device))[0]
         if frames:
             self._frames_at[place] = evenly(len(table), frames)
         rows = 1 + (table[:, GUIDANCE] != 0).long()
@@ -196,19 +204,38 @@ class Engine:
             return Step([], [])
         self._last_call = self._book["ticket"][places]
         positions = self._book["position"][places]
-        at = torch.from_numpy(places)
-        rows = torch.from_numpy(self._plan_rows(places, positions))
-        labels = torch.from_numpy(self._labels[places])
+        known = torch.from_numpy(self._plan_rows(places, positions))
+        of_call = (known, *map(torch.from_numpy, (places, self._labels[places])))
+        rows, at, labels = send_together(of_call, self.device)
         state = self._state.index_select(0, at)  # (n, 5, C, H, W)
-        x_0, fraction = self.x_0(labels, state[:, X], rows)
-        x_0 = threshold(x_0, rows)
-        z = torch.zeros_like(x_0)
-        if noisy := needs_noise(rows).nonzero().flatten().tolist():
-            keys = [_noise_key(self._requests[places[i]], int(positions[i]) + 1) for i in noisy]
-            z[noisy] = normal(keys, self.model.spec.image_shape)
-        state = advance(state, x_0, scaled_noise(z, fraction, rows), rows)
+        x_0, fraction = self.x_0(labels, state[:, X], rows, known)
+        x_0 = threshold(x_0, rows, known)
+        z = self._noise(places, positions, known)
+        state = advance(state, x_0, scaled_noise(z, fraction, rows), rows, known)
         self._state.index_copy_(0, at, state)
+        self._keep_pace()
         return self._move_on(places, state[:, X], x_0)
+
+    def _noise(self, places: np.ndarray, positions: np.ndarray, known: Tensor) -> Tensor:
+        """z of each image in a call, (n, C, H, W); 0 where its row of the plan adds none."""
+        shape = self.model.spec.image_shape
+        noisy = needs_noise(known).nonzero().flatten().tolist()
+        if not noisy:
+            return torch.zeros(len(places), *shape, device=self.device)
+        z = torch.zeros(len(places), *shape)
+        keys = [_noise_key(self._requests[places[i]], int(positions[i]) + 1) for i in noisy]
+        z[noisy] = normal(keys, shape)
+        return send(z, self.device)
+
+    def _keep_pace(self) -> None:
+        """Let a device be no more than a call behind, so that an image that comes waits for few."""
+        if not is_apart(self.device):
+            return
+        done = torch.Event(device=self.device)
+        done.record()
+        self._under_way.append(done)
+        if len(self._under_way) > 2:
+            self._under_way.popleft().synchronize()
 
     def _move_on(self, places: np.ndarray, x_t: Tensor, x_0: Tensor) -> Step:
         """Note that images have had an evaluation, and part with those that are done."""
@@ -223,16 +250,23 @@ class Engine:
             book["rows"][going] = 1 + (following[:, GUIDANCE] != 0)
 
         frames = []
-        for i, place in enumerate(places.tolist() if self._frames_at else []):
-            if positions[i] in self._frames_at.get(place, ()):
-                ticket, position, length = book[["ticket", "position", "length"]][place].item()
-                frames.append(Frame(ticket, position, length, x_t[i], x_0[i]))
+        wanted = [
+            i
+            for i, place in enumerate(places.tolist() if self._frames_at else [])
+            if positions[i] in self._frames_at.get(place, ())
+        ]
+        if wanted:
+            of_frames = torch.stack([torch.stack([x_t[i], x_0[i]]) for i in wanted]).cpu()
+            for i, (here, clean) in zip(wanted, of_frames, strict=True):
+                ticket, position, length = book[["ticket", "position", "length"]][places[i]].item()
+                frames.append(Frame(ticket, position, length, here, clean))
         done = np.flatnonzero(~goes_on)
         if not len(done):
             return Step([], frames)
         self._forget(places[done].tolist())
         tickets = book["ticket"][places[done]].tolist()
-        return Step(list(zip(tickets, to_uint8(x_t[done.tolist()]), strict=True)), frames)
+        pixels = to_uint8(torch.stack([x_t[i] for i in done.tolist()]))
+        return Step(list(zip(tickets, pixels, strict=True)), frames)
 
     def _plan_rows(self, places: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Of each place's plan the row at its position, (n, NUM_COLUMNS)."""
@@ -299,7 +333,8 @@ class Engine:
 
     def _clear(self) -> None:
         self._book = turns.new_book(0)
-        self._state = torch.empty(0, len(SLOTS), *self.model.spec.image_shape)
+        shape = (0, len(SLOTS), *self.model.spec.image_shape)
+        self._state = torch.empty(shape, device=self.device)
         self._tables: list[np.ndarray] = []
         """Each image's plan, which it has in common with those drawn alike."""
         self._labels = np.empty(0, dtype=np.int64)
@@ -337,41 +372,47 @@ class Engine:
 
     # --- the network ------------------------------------------------------------------------------
 
-    def x_0(self, labels: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def x_0(
+        self, labels: Tensor, x: Tensor, rows: Tensor, known: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """x̂_0 of n images, guided where their rows of a plan say so, by one call of the network.
 
         And the fraction of a learned variance; x and both of these (n, C, H, W), labels (n,) as of
-        `label_of`. Guided images count twice, and there are at most `rows`.
+        `label_of`, all on the device. Guided images count twice, and there are at most `rows`.
+
+        Args:
+            known: the rows on the CPU, where `rows` are on a device.
         """
         n = len(labels)
-        steered = np.flatnonzero(rows[:, GUIDANCE].numpy())
+        told = (rows if known is None else known).numpy()
+        steered = np.flatnonzero(told[:, GUIDANCE])
         num_rows = n + len(steered)
         size = next((size for size in self.sizes if size >= num_rows), num_rows)
         x_rows, plan_rows = x, rows
         if size > n:  # padding repeats an image: what is beside a row does not change it
             padding = np.zeros(size - num_rows, dtype=np.int64)
-            take = torch.from_numpy(np.concatenate([np.arange(n), steered, padding]))
+            order = torch.from_numpy(np.concatenate([np.arange(n), steered, padding]))
+            take = send(order, self.device)
             x_rows, plan_rows = x.index_select(0, take), rows.index_select(0, take)
             labels = F.pad(labels, (0, size - n), value=self.label_of(None))
 
         with self._kernels():
             output, fraction = self.model.output(
-                x_rows.to(self.device), plan_rows[:, T], plan_rows[:, ALPHA_BAR], labels
+                x_rows, plan_rows[:, T], plan_rows[:, ALPHA_BAR], labels
             )
         self.num_calls += 1
         self.num_useful_rows += num_rows
-        output = output.cpu()
         out = output[:n]
         if len(steered):
-            at = torch.from_numpy(steered)
+            at = take[n:num_rows]
             out = out.clone()
             of_label, w, phi = out[at], rows[at, GUIDANCE], rows[at, RESCALE]
             out_guided = guided(of_label, output[n:num_rows], w)
-            if phi.any():
+            if told[steered, RESCALE].any():
                 out_guided = rescaled(out_guided, of_label, phi)
             out[at] = out_guided
         x_0 = self.model.x_0(out, x, rows[:, ALPHA_BAR])
-        return x_0, None if fraction is None else fraction[:n].cpu()
+        return x_0, None if fraction is None else fraction[:n]
 
     @contextlib.contextmanager
     def _kernels(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.images import to_uint8
+from pipeline.device import send
 from pipeline.samplers.config import OFFLINE, SamplingConfig
 from pipeline.samplers.langevin import count_evaluations, langevin
 from pipeline.samplers.model import Model, make_plan
@@ -76,14 +77,15 @@ def _by_plan(engine: Engine, requests: list[ImageRequest]) -> Drawn:
 def _offline(engine: Engine, requests: list[ImageRequest]) -> Drawn:
     """Images of one sampling config, as many as a network call takes."""
     model, sampling = engine.model, requests[0].sampling
-    labels = torch.tensor([engine.label_of(request.label) for request in requests])
+    device = engine.device
+    labels = send(torch.tensor([engine.label_of(request.label) for request in requests]), device)
 
     def predict(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        return engine.x_0(labels, x.float(), rows)
+        return engine.x_0(labels, x.float(), send(rows, device), rows)
 
     def noise(what: str, *counters: int) -> Tensor:
         keys = [key(request.seed, what, request.index, *counters) for request in requests]
-        return normal(keys, model.spec.image_shape)
+        return send(normal(keys, model.spec.image_shape), device)
 
     x_T = noise("sample", 0)
     if sampling.sampler == "ode":

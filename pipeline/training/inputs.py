@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.data.batches import Batch, Batches, prefetch
 from pipeline.data.shards import NO_LABEL
+from pipeline.device import is_apart
 from pipeline.seeding import key, normal
 
 
@@ -32,7 +33,7 @@ class StepInputs:
     """(b,) int64, what the dropout masks of the rows follow from"""
 
     def pinned(self) -> "StepInputs":
-        """The same in memory from which a GPU copies while it computes."""
+        """The same in memory from which a device copies while it computes."""
         label = None if self.label is None else self.label.pin_memory()
         pixels, eps, dropout = (t.pin_memory() for t in (self.pixels, self.eps, self.dropout))
         return StepInputs(self.step, self.rows, pixels, label, eps, dropout)
@@ -49,7 +50,7 @@ def step_inputs(
 
     def make(step: int) -> StepInputs:
         made = draw_inputs(batches.at(step), num_classes, batches.shuffle.seed)
-        return made.pinned() if device.type == "cuda" else made
+        return made.pinned() if is_apart(device) else made
 
     return prefetch(make, start, stop)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.images import to_unit
+from pipeline.device import Fetched, is_apart
 from pipeline.diffusion.config import DiffusionConfig
 from pipeline.diffusion.gaussian import like
 from pipeline.diffusion.schedules import Schedule
@@ -85,7 +86,7 @@ def make_state(network: nn.Module, config: TrainingConfig, timesteps: int) -> Tr
 def in_channels_last(config: TrainingConfig, device: torch.device) -> bool:
     """Whether images are kept with their channels side by side."""
     if config.channels_last is None:
-        return device.type == "cuda" and config.precision in HALF
+        return is_apart(device) and config.precision in HALF
     return config.channels_last
 
 
@@ -179,9 +180,8 @@ def train(
         state.optimizer.zero_grad(set_to_none=True)
         losses, loss_of_rows = backward(rows, weight, dropout)
         if state.losses is not None:
-            seen = torch.stack([t.to(device), losses.double()], dim=1)
-            of_all = parallel.all_rows(seen, config.batch_size)
-            state.losses.update(*of_all.cpu().unbind(1))
+            seen = torch.stack([like(t, losses.double()), losses.double()], dim=1)
+            state.losses.expect(Fetched(parallel.all_rows(seen, config.batch_size)))
 
         state.loss_scale.scaler.unscale_(state.optimizer)
         lr = learning_rate(step, config)

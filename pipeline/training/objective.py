@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.device import send
 from pipeline.diffusion.config import DiffusionConfig
 from pipeline.diffusion.elbo import (
     bound_term,
@@ -104,7 +105,7 @@ def learned_schedule_loss(
     gradient 2 L dL (Kingma et al. 2021).
     """
     x_0, eps = rows.x_0, rows.eps
-    psi, psi_slope = learned.progress(rows.t.to(x_0.device) / (diffusion.timesteps - 1))
+    psi, psi_slope = learned.progress(send(rows.t, x_0.device) / (diffusion.timesteps - 1))
     gamma, gamma_slope = learned.gamma(psi, psi_slope)
     alpha_bar = torch.sigmoid(-gamma)
     x_t = q_sample(x_0, eps, alpha_bar)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.device import is_apart
 from pipeline.errors import TrainingDiverged
 from pipeline.networks.monotone import ScheduledNetwork
 from pipeline.training.config import TrainingConfig
@@ -23,7 +24,7 @@ def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Ad
             {"params": network.network.parameters()},
             {"params": network.schedule.parameters(), "weight_decay": 0.0},
         ]
-    fused = all(parameter.is_cuda for parameter in network.parameters())
+    fused = all(is_apart(parameter.device) for parameter in network.parameters())
     return torch.optim.AdamW(
         groups, lr=config.lr, weight_decay=config.weight_decay, foreach=not fused, fused=fused
     )
@@ -56,8 +57,14 @@ class LossScale:
 
     def __init__(self, device: torch.device, enabled: bool) -> None:
         self.scaler = torch.amp.GradScaler(device.type, enabled=enabled)
-        self.bad_steps = 0
-        """One after the other, up to now."""
+        self._bad_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._until_look = MAX_BAD_STEPS
+        """Steps before which there cannot be too many bad ones: the device is not asked earlier."""
+
+    @property
+    def bad_steps(self) -> int:
+        """One after the other, up to now; waits for the device."""
+        return int(self._bad_steps)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -71,18 +78,22 @@ class LossScale:
         self.scaler.step(optimizer)
         if not self.scaler.is_enabled():
             return
-        before = self.scaler.get_scale()
+        scale = self.scaler._get_scale_async()  # get_scale() waits
+        assert scale is not None
+        before = scale.clone()
         self.scaler.update()
-        after = self.scaler.get_scale()
-        self.bad_steps = self.bad_steps + 1 if after < before else 0
-        if after < LEAST_SCALE:
-            self.scaler.update(LEAST_SCALE)
+        self._bad_steps = torch.where(scale < before, self._bad_steps + 1, 0)
+        scale.clamp_(min=LEAST_SCALE)
+        self._until_look -= 1
+        if self._until_look:
+            return
         if self.bad_steps == MAX_BAD_STEPS:
             raise TrainingDiverged(
                 f"the gradients overflowed in {MAX_BAD_STEPS} steps, one after the other, with "
-                f"training.precision=float16 and a loss scale of {after:g}; the checkpoints before "
-                "are kept: use training.precision=bfloat16, or a lower training.lr"
+                f"training.precision=float16 and a loss scale of {float(scale):g}; the checkpoints "
+                "before are kept: use training.precision=bfloat16, or a lower training.lr"
             )
+        self._until_look = MAX_BAD_STEPS - self.bad_steps
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps; nothing where the scale is 1."""
@@ -100,4 +111,5 @@ class LossScale:
         known["scale"] = float(tensors["scale"])
         known["_growth_tracker"] = int(tensors["good_steps"])
         self.scaler.load_state_dict(known)
-        self.bad_steps = int(tensors["bad_steps"])
+        self._bad_steps.fill_(int(tensors["bad_steps"]))
+        self._until_look = MAX_BAD_STEPS - self.bad_steps

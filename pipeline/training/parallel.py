@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.data.order import share
+from pipeline.device import is_apart
 from pipeline.networks.backbone import Block
 
 
@@ -25,7 +26,7 @@ def wrap(network: nn.Module, device: torch.device) -> nn.Module:
     """The network with gradients averaged over the ranks; itself if it is alone, or cut."""
     if rank_and_world_size()[1] == 1 or any(map(is_sliced, network.parameters())):
         return network
-    device_ids = [device.index] if device.type == "cuda" else None
+    device_ids = [device.index] if is_apart(device) else None
     return DistributedDataParallel(network, device_ids=device_ids)
 
 

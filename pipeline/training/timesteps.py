@@ -7,6 +7,7 @@ the losses so far: the same whichever rank asks for them.
 import torch
 from torch import Tensor
 
+from pipeline.device import Fetched
 from pipeline.diffusion.schedules import Schedule
 from pipeline.seeding import key, uniform
 from pipeline.training.config import TimestepSampler
@@ -27,9 +28,11 @@ class LossHistory:
         """(T, 10), oldest first"""
         self.count = torch.zeros(timesteps, dtype=torch.int64)
         """(T,) how many of the ten are there"""
+        self._coming: Fetched | None = None
 
     def probabilities(self) -> Tensor:
         """p_t: (T,) float64, of sum 1."""
+        self._take_in()
         T = len(self.count)
         if (self.count < HISTORY).any():
             return torch.full((T,), 1 / T, dtype=torch.float64)
@@ -38,16 +41,28 @@ class LossHistory:
 
     def update(self, t: Tensor, loss: Tensor) -> None:
         """Take in the rows of a global batch, in their order: t, loss (B,)."""
+        self._take_in()
         for i, value in zip(t.long().tolist(), loss.tolist(), strict=True):
             self.losses[i] = self.losses[i].roll(-1)
             self.losses[i, -1] = value
             self.count[i] = min(int(self.count[i]) + 1, HISTORY)
 
+    def expect(self, rows: Fetched) -> None:
+        """`update` when it matters: t and loss (B, 2) that are still on their way."""
+        self._take_in()
+        self._coming = rows
+
+    def _take_in(self) -> None:
+        if self._coming is not None:
+            rows, self._coming = self._coming.get(), None
+            self.update(*rows.unbind(1))
+
     def tensors(self) -> dict[str, Tensor]:
+        self._take_in()
         return {"losses": self.losses, "count": self.count}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        self.losses, self.count = tensors["losses"], tensors["count"]
+        self.losses, self.count, self._coming = tensors["losses"], tensors["count"], None
 
 
 def draw_timesteps(

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.device import is_apart, synchronize
 from pipeline.training import parallel
 from pipeline.training.loop import QUARTILES, StepRecord
 
@@ -51,14 +52,14 @@ class Watch:
         _, world_size = parallel.rank_and_world_size()
         seconds, self._since = time.monotonic() - self._since, time.monotonic()
         n, last = len(records), records[-1]
-        waited = last.loss.new_tensor([sum(record.waited for record in records) / seconds])
+        waited = torch.full_like(last.loss, sum(record.waited for record in records) / seconds)
         losses = torch.stack([record.loss for record in records])
         by_quartile = torch.stack([record.quartile_losses for record in records]).sum(0)
-        mine = torch.cat([losses, waited, by_quartile.flatten()])
-        of_all = parallel.sum_over_ranks(mine).cpu()
+        norms = torch.stack([record.grad_norm for record in records])
+        mine = torch.cat([losses, waited[None], by_quartile.flatten()])
+        of_all = torch.cat([parallel.sum_over_ranks(mine), norms]).cpu()  # the only wait
         losses, waited = of_all[:n] / world_size, of_all[n] / world_size
-        by_quartile = of_all[n + 1 :].view(QUARTILES, 2)
-        norms = torch.stack([record.grad_norm for record in records]).cpu()
+        by_quartile, norms = of_all[n + 1 : -n].view(QUARTILES, 2), of_all[-n:]
 
         rate = n * self.batch_size / seconds
         figures = {
@@ -118,14 +119,14 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
     Of one alone where it takes longer than a second, as with a precision that is emulated.
     """
-    size = 8192 if device.type == "cuda" else 1024
+    size = 8192 if is_apart(device) else 1024
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
-        _synchronize(device)
+        synchronize(device)
         begin = time.monotonic()
         a @ a
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.monotonic() - begin)
         if best > 1:
             break
@@ -144,19 +145,14 @@ def slowdown(
     for enabled in (False, True):
         best = float("inf")
         for _ in range(3):
-            _synchronize(device)
+            synchronize(device)
             begin = time.monotonic()
             with torch.autocast(device.type, dtype, enabled):
                 output = network.eval()(image, t, label)
             output.float().sum().backward()
-            _synchronize(device)
+            synchronize(device)
             best = min(best, time.monotonic() - begin)
             if best > 1:
                 break
         seconds.append(best)
     return seconds[1] / seconds[0]
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
