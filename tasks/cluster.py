@@ -212,11 +212,25 @@ def num_workers(config: ClusterConfig) -> int | tuple[int, int]:
     return least, most
 
 
+def gpus_beside_training(config: ClusterConfig) -> int:
+    """GPUs of a task that runs beside training: a worker's share if the workers leave so many.
+
+    One that asked for a GPU that training holds would begin when training has ended.
+    """
+    import ray
+
+    workers = num_workers(config)
+    most = workers if isinstance(workers, int) else workers[1]
+    left = ray.cluster_resources().get("GPU", 0) - most * config.gpus_per_worker
+    return config.gpus_per_worker if left >= config.gpus_per_worker else 0
+
+
 def worker_device() -> torch.device:
     """The GPU that Ray gave this task or actor, else the CPU."""
     import ray
 
-    return torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
+    has_one = ray.is_initialized() and ray.get_gpu_ids()
+    return torch.device("cuda", 0) if has_one else torch.device("cpu")
 
 
 def gpus_of_this_node() -> int:

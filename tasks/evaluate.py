@@ -40,6 +40,7 @@ from pipeline.samplers.model import ModelSpec
 from pipeline.seeding import key
 from pipeline.serving.engine import ImageRequest
 from tasks import averages, in_flight
+from tasks.cluster import worker_device
 from tasks.curves import draw_over_steps, draw_timesteps
 from tasks.fanout import IMAGES_PER_TASK, draw
 from tasks.held_out import HeldOut
@@ -65,7 +66,7 @@ def draw_to_file(uri: str, requests: list[ImageRequest], reference: str, target:
         "pixels": torch.from_numpy(drawn.pixels),
         "evaluations": torch.from_numpy(drawn.evaluations),
     }
-    if extractor := extractor_of(reference):
+    if extractor := extractor_of(reference, worker_device()):
         found = extractor(drawn.pixels)
         tensors["features"] = found.features
         if found.log_probs is not None:

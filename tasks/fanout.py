@@ -5,6 +5,7 @@ Images are addressed by (seed, index), so how they are dealt to tasks has no par
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import ray
 
@@ -14,6 +15,7 @@ from pipeline.serving import offline
 from pipeline.serving.config import EXACT_ROWS, Mode
 from pipeline.serving.engine import ImageRequest
 from pipeline.serving.offline import Drawn
+from pipeline.serving.recipe import fingerprint
 from tasks import in_flight
 from tasks.cluster import worker_device
 
@@ -38,7 +40,21 @@ def draw(
     return offline.draw(cached_model(uri, tracking_uri), requests, mode, rows, worker_device())
 
 
-_draw_task = ray.remote(max_retries=3)(draw)
+class DrawnThere(NamedTuple):
+    """Images of a task, and with what software and processor they were drawn there."""
+
+    drawn: Drawn
+    made_with: dict[str, str]
+
+
+def draw_there(
+    uri: str, tracking_uri: str | None, requests: Sequence[ImageRequest], mode: Mode
+) -> DrawnThere:
+    """`draw`, as a task."""
+    return DrawnThere(draw(uri, tracking_uri, requests, mode), fingerprint(worker_device().type))
+
+
+_draw_task = ray.remote(max_retries=3)(draw_there)
 
 
 def draw_on_cluster(
@@ -47,7 +63,7 @@ def draw_on_cluster(
     requests: Sequence[ImageRequest],
     mode: Mode,
     gpus_per_task: int = 0,
-) -> Iterator[tuple[int, Drawn]]:
+) -> Iterator[tuple[int, DrawnThere]]:
     """Draw `requests` in chunks, in tasks; yields (start, images) as chunks finish.
 
     Args:
@@ -59,5 +75,5 @@ def draw_on_cluster(
         (uri, tracking_uri, list(requests[start : start + IMAGES_PER_TASK]), mode)
         for start in starts
     ]
-    for i, drawn in in_flight.results(remote, calls):
-        yield starts[i], drawn
+    for i, found in in_flight.results(remote, calls):
+        yield starts[i], found

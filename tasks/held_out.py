@@ -26,7 +26,7 @@ from tasks.stage import StageContext
 def measure_holdout(uri: str, shard_set: str, held_out: int, seed: int) -> HoldoutLoss:
     """The loss of a checkpoint on held-out images."""
     images = images_at(shard_set, "holdout", choose(held_out, MOST_HELD_OUT, seed))
-    return holdout_loss(load_model(uri), images, seed)
+    return holdout_loss(load_model(uri), images, seed, worker_device())
 
 
 def measure_elbo(uri: str, shard_set: str, positions: np.ndarray, seed: int) -> Elbo:
@@ -53,10 +53,9 @@ class HeldOut:
         assert shards is not None
         seed, gpus = ctx.config.seed, ctx.config.cluster.gpus_per_worker
         self.held_out = int(shards.stats["num_images"]["holdout"])
-        loss = ray.remote(num_cpus=1, max_retries=3)(measure_holdout)
-        elbo, ode = (
+        loss, elbo, ode = (
             ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(measure)
-            for measure in (measure_elbo, measure_ode_bits)
+            for measure in (measure_holdout, measure_elbo, measure_ode_bits)
         )
         self.loss = loss.remote(uri, shard_set, self.held_out, seed) if self.held_out else None
         self.elbo = [

@@ -28,6 +28,7 @@ from pipeline.samplers.config import SamplingConfig
 from pipeline.seeding import key
 from pipeline.serving.engine import Engine, ImageRequest
 from pipeline.training import checkpoint
+from tasks.cluster import gpus_beside_training, worker_device
 from tasks.stage import StageContext
 
 PREVIEW_STEPS = 25
@@ -72,7 +73,8 @@ def preview(uri: str, wanted: Wanted) -> Preview:
     shown: list[int | None] = [None] * 16
     if num_classes:
         shown = [c for c in range(min(num_classes, 10)) for _ in range(PREVIEW_IMAGES_PER_CLASS)]
-    engine, seed = Engine(model, rows=ROWS), key(wanted.seed, "preview") >> 1
+    device = worker_device()
+    engine, seed = Engine(model, rows=ROWS, device=device), key(wanted.seed, "preview") >> 1
 
     def draw(labels: list[int | None]) -> np.ndarray:
         return engine.draw(
@@ -84,26 +86,26 @@ def preview(uri: str, wanted: Wanted) -> Preview:
     held_out = images_at(
         wanted.shard_set, "holdout", choose(wanted.num_held_out, MOST_HELD_OUT, wanted.seed)
     )
-    loss = holdout_loss(model, held_out, wanted.seed).estimate().value
+    loss = holdout_loss(model, held_out, wanted.seed, device).estimate().value
     figures = {}
     reference = storage.read_manifest(wanted.reference) if wanted.num_measured else None
     if reference is not None and reference.stats["extractor"] is not None:
         labels = [i % num_classes if num_classes else None for i in range(wanted.num_measured)]
         judged = "holdout_accuracy" in reference.stats and num_classes > 0
-        found = small_evaluation(draw(labels), labels if judged else None, wanted.reference)
+        found = small_evaluation(draw(labels), labels if judged else None, wanted.reference, device)
         figures = {f"{name}_n{wanted.num_measured}": value for name, value in found.items()}
     return Preview(png, loss, figures)
 
 
 def small_evaluation(
-    pixels: np.ndarray, labels: list[int | None] | None, reference: str
+    pixels: np.ndarray, labels: list[int | None] | None, reference: str, device: torch.device
 ) -> dict[str, float]:
     """The figures that can be had of a few samples.
 
     Args:
         labels: what the extractor is to take them for, if it is a judge of their classes.
     """
-    extractor = extractor_of(reference)
+    extractor = extractor_of(reference, device)
     assert extractor is not None
     found = extractor(pixels)
     drawn = FeatureSet(moments(found.features), found.features, found.log_probs)
@@ -146,7 +148,8 @@ class Previews:
         self._waiting: deque[tuple[int, str]] = deque()
         self._running: tuple[int, Any] | None = None
         self._made: deque[Made] = deque()
-        self._task = ray.remote(num_cpus=0, max_retries=3)(preview)
+        gpus = gpus_beside_training(config.cluster)
+        self._task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=3)(preview)
 
     def add(self, step: int, uri: str) -> None:
         """A checkpoint; the same step again is harmless."""

@@ -20,6 +20,7 @@ from pipeline.data.shards import NO_LABEL, SPLITS
 from pipeline.evaluation import extractors, real_images
 from pipeline.evaluation.features import train_classifier
 from tasks import in_flight
+from tasks.cluster import gpus_beside_training, worker_device
 from tasks.stage import Outcome, StageContext
 
 IMAGES_PER_FILE = 8192
@@ -38,8 +39,13 @@ def fit_classifier(
         for split, most in (("train", MOST_TO_FIT), ("holdout", MOST_TO_JUDGE))
     )
     if (train.labels != NO_LABEL).any():
-        classifier = train_classifier(train, holdout, num_classes, seed, epochs)
+        classifier = train_classifier(train, holdout, num_classes, seed, epochs, worker_device())
         extractors.keep_classifier(folder, name, classifier)
+
+
+def extract(folder: str, parts: list[Part], path: str) -> None:
+    """The features of some parts, on the device of the task."""
+    real_images.extract(folder, parts, path, worker_device())
 
 
 def run(ctx: StageContext) -> Outcome:
@@ -48,10 +54,11 @@ def run(ctx: StageContext) -> Outcome:
     manifest = storage.read_manifest(shard_set)
     assert manifest is not None
     ctx.progress.start(1, "extractor")
+    gpus = gpus_beside_training(ctx.config.cluster)
     if config.extractor is not None:
         extractors.keep_file(ctx.folder, config.extractor)
     elif len(manifest.stats["class_names"]) >= 2 and not extractors.describe(ctx.folder):
-        fit = ray.remote(num_cpus=1, max_retries=3)(fit_classifier)
+        fit = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(fit_classifier)
         num_classes, epochs = len(manifest.stats["class_names"]), config.classifier_epochs
         arguments = (shard_set, ctx.folder, ctx.config.name, num_classes, ctx.config.seed, epochs)
         ray.get(fit.remote(*arguments))
@@ -70,7 +77,7 @@ def run(ctx: StageContext) -> Outcome:
     ]
     done = len(files) - len(calls)
     ctx.progress.start(len(files), "files of features", done)
-    task = ray.remote(num_cpus=1, max_retries=3)(real_images.extract)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(extract)
     for _ in in_flight.results(task, calls):
         done += 1
         ctx.progress.update(done)

@@ -6,16 +6,18 @@ As a stage it draws the grid that ends `ddpm run`; as a command, what a user ask
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from pipeline import storage
 from pipeline.data.images import grid
+from pipeline.device import CPU
 from pipeline.registry.models import load_model
 from pipeline.registry.versions import ModelReference, read_reference
 from pipeline.seeding import key
 from pipeline.serving.config import Mode
 from pipeline.serving.engine import ImageRequest
 from pipeline.serving.offline import draw
-from pipeline.serving.recipe import Recipe, encode, fingerprint
+from pipeline.serving.recipe import Recipe, encode
 from pipeline.storage import FileEntry
 from tasks.fanout import draw_on_cluster
 from tasks.stage import Outcome, StageContext
@@ -37,11 +39,10 @@ def draw_to_folder(
 
     The grid shows the first MAX_GRID_IMAGES.
     """
-    device = "cuda" if gpus_per_task else "cpu"
     files: dict[int, FileEntry] = {}
     shown: dict[int, np.ndarray] = {}
     chunks = draw_on_cluster(model.uri, model.tracking_uri, requests, mode, gpus_per_task)
-    for start, drawn in chunks:
+    for start, (drawn, made_with) in chunks:
         for i, image in enumerate(drawn.pixels, start):
             recipe = Recipe(
                 model=str(model),
@@ -51,7 +52,7 @@ def draw_to_folder(
                 label=requests[i].label,
                 sampling=requests[i].sampling,
                 mode=mode,
-                made_with=fingerprint(device),
+                made_with=made_with,
             )
             uri = storage.join(folder, f"{i:04d}.png")
             files[i] = storage.write_bytes(uri, encode(image, recipe))
@@ -90,7 +91,13 @@ def run(ctx: StageContext) -> Outcome:
 
 
 def redraw(recipe: Recipe, model: ModelReference) -> np.ndarray:
-    """The pixels of a recipe, drawn again in this process: (H, W, C) uint8."""
+    """The pixels of a recipe, drawn again in this process: (H, W, C) uint8.
+
+    On a GPU if they were made on one and there is one here.
+    """
     loaded = load_model(model.uri, model.tracking_uri)
-    pixels: np.ndarray = draw(loaded, [recipe.request()], recipe.mode, recipe.rows).pixels[0]
+    on_gpu = recipe.made_with.get("device") == "cuda" and torch.cuda.is_available()
+    device = torch.device("cuda", 0) if on_gpu else CPU
+    drawn = draw(loaded, [recipe.request()], recipe.mode, recipe.rows, device)
+    pixels: np.ndarray = drawn.pixels[0]
     return pixels
