@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.data.batches import Batch
 from pipeline.data.order import share
+from pipeline.device import is_apart
 from pipeline.diffusion.config import DiffusionConfig
 from pipeline.diffusion.schedules import make_schedule
 from pipeline.training.config import TrainingConfig
@@ -72,7 +73,7 @@ def seconds_per_step(
         peak = measured_peak(device, HALF.get(training.precision, torch.float32))
         if flops > limit * BEST_UTILISATION * peak:
             return math.inf
-        count = 1 if device.type == "cuda" else workers
+        count = 1 if is_apart(device) else workers
         of_worker = training.model_copy(update={"batch_size": rows})
         with ThreadPoolExecutor(count) as pool:
             found = [
