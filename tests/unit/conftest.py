@@ -2,11 +2,14 @@
 
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
 
 HERE = Path(__file__).parent
 COMPILERS = {"c++", "g++", "gcc", "cc", "ninja", "ld", "ldconfig", "uname", "which"}
@@ -34,3 +37,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
         return (yield)
     finally:
         _running.clear()
+
+
+@pytest.fixture
+def device() -> Iterator["torch.device"]:
+    """A device that is not the CPU, see devices.py."""
+    from tests.unit.devices import opened
+
+    with opened() as there:
+        yield there

@@ -59,7 +59,9 @@ def test_imports_only_go_downwards(path: Path) -> None:
             allowed = level(there) < level(here) or (here, there) in WITHIN_A_LEVEL
             assert allowed, f"{module} imports pipeline.{there}"
             if here in CORE:
-                assert there in CORE | {"errors", "seeding", "device"}, f"{module} imports pipeline.{there}"
+                assert there in CORE | {"errors", "seeding", "device"}, (
+                    f"{module} imports pipeline.{there}"
+                )
     else:
         here = module.removeprefix("tasks.")
         theirs = {name.split(".")[1] for name in imports if name.startswith("tasks.")}
