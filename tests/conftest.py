@@ -264,6 +264,7 @@ of which there is to be one at a time. The longest groups first; the rest, a fil
 """
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort and group the tests; in another order, by DDPM_TESTS_ORDER=NUMBER, to show that it is
     none that they rely on, but for those of tests/system within a file, of which some tell a story.

@@ -50,7 +50,22 @@ MACHINES = Need(
     "a machine that can be divided (tests/machines.py)", "run the tests as root on Linux"
 )
 CLEAR_REFS = Need("/proc/self/clear_refs", "run the tests on Linux, which measures memory so")
-NEEDS = (CHROMIUM, POSTGRESQL, DATA_SET, FIDELITY, KUBECTL, SCHEMAS, MACHINES, CLEAR_REFS)
+COMPILER = Need("a C++ compiler, for a device apart", "sudo apt-get install g++", True)
+CPU_INFO = Need("/proc/cpuinfo", "run the tests on Linux, which tells what a CPU has")
+NO_GPU = Need("a device that counts copies", "run the tests without a GPU, too")
+NEEDS = (
+    COMPILER,
+    CPU_INFO,
+    NO_GPU,
+    CHROMIUM,
+    POSTGRESQL,
+    DATA_SET,
+    FIDELITY,
+    KUBECTL,
+    SCHEMAS,
+    MACHINES,
+    CLEAR_REFS,
+)
 
 
 def extra(package: str, name: str) -> str:

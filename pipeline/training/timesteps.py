@@ -24,15 +24,24 @@ class LossHistory:
     """
 
     def __init__(self, timesteps: int) -> None:
-        self.losses = torch.zeros(timesteps, HISTORY, dtype=torch.float64)
-        """(T, 10), oldest first"""
-        self.count = torch.zeros(timesteps, dtype=torch.int64)
-        """(T,) how many of the ten are there"""
+        self._losses = torch.zeros(timesteps, HISTORY, dtype=torch.float64)
+        self._count = torch.zeros(timesteps, dtype=torch.int64)
         self._coming: Fetched | None = None
+
+    @property
+    def losses(self) -> Tensor:
+        """(T, 10), oldest first."""
+        self._take_in()
+        return self._losses
+
+    @property
+    def count(self) -> Tensor:
+        """(T,) how many of the ten are there."""
+        self._take_in()
+        return self._count
 
     def probabilities(self) -> Tensor:
         """p_t: (T,) float64, of sum 1."""
-        self._take_in()
         T = len(self.count)
         if (self.count < HISTORY).any():
             return torch.full((T,), 1 / T, dtype=torch.float64)
@@ -41,11 +50,11 @@ class LossHistory:
 
     def update(self, t: Tensor, loss: Tensor) -> None:
         """Take in the rows of a global batch, in their order: t, loss (B,)."""
-        self._take_in()
+        losses, count = self.losses, self.count
         for i, value in zip(t.long().tolist(), loss.tolist(), strict=True):
-            self.losses[i] = self.losses[i].roll(-1)
-            self.losses[i, -1] = value
-            self.count[i] = min(int(self.count[i]) + 1, HISTORY)
+            losses[i] = losses[i].roll(-1)
+            losses[i, -1] = value
+            count[i] = min(int(count[i]) + 1, HISTORY)
 
     def expect(self, rows: Fetched) -> None:
         """`update` when it matters: t and loss (B, 2) that are still on their way."""
@@ -58,11 +67,10 @@ class LossHistory:
             self.update(*rows.unbind(1))
 
     def tensors(self) -> dict[str, Tensor]:
-        self._take_in()
         return {"losses": self.losses, "count": self.count}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        self.losses, self.count, self._coming = tensors["losses"], tensors["count"], None
+        self._losses, self._count, self._coming = tensors["losses"], tensors["count"], None
 
 
 def draw_timesteps(

@@ -61,12 +61,12 @@ def test_a_bucket_is_looked_at_like_a_folder(
     server = S3()
     try:
         for path in (place.folder / "photos").rglob("*.jpg"):
-            server.put(f"photos/{path.parent.name}/{path.name}", path.read_bytes())
-        output = place.ddpm("new", "s3://bucket/photos", "--size", "8", **server.environment())
+            server.put(f"snapshots/{path.parent.name}/{path.name}", path.read_bytes())
+        output = place.ddpm("new", "s3://bucket/snapshots", "--size", "8", **server.environment())
     finally:
         server.close()
     assert "# 61 images, 2 classes, " in output
-    assert 'source: "s3://bucket/photos"' in output
+    assert 'source: "s3://bucket/snapshots"' in output
     assert "image_size: 8  # as asked for" in output
 
 

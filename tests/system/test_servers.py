@@ -97,8 +97,7 @@ def test_several_processes_log_at_once_while_the_server_is_restarted(
             assert len(set(runs)) == LOGGERS
         for process in loggers:  # to the second half, of which the beginning finds no server
             assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
+            process.stdin.close()
         with mlflow_server(*server, **elsewhere.s3.environment()):
             for process in loggers:
                 assert process.wait(timeout=HANG) == 0

@@ -12,11 +12,11 @@ from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 
-import pytest
 import torch
 from torch.utils import cpp_extension
 
 from pipeline import storage
+from tests import needs
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -51,7 +51,7 @@ def load() -> None:
     """Make the device known to torch, by the name `apart`; skips the test where it cannot."""
     compiler = cpp_extension.get_cxx_compiler()
     if shutil.which(compiler) is None:
-        pytest.skip(f"a device apart needs the C++ compiler {compiler}: apt-get install g++")
+        needs.COMPILER.skip()
     torch.ops.load_library(str(_built(compiler)))
     torch.utils.rename_privateuse1_backend("apart")
     torch._register_device_module("apart", _module())

@@ -8,7 +8,6 @@ import contextlib
 from collections.abc import Iterator
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,10 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pipeline.diffusion.config import DiffusionConfig
 from pipeline.networks.config import DiTConfig, UNetConfig
 from pipeline.samplers.model import Model, ModelSpec, build_model
+from tests import needs
 from tests.unit import apart
 
 KIND = "cuda" if torch.cuda.is_available() else "apart"
-ON_APART = pytest.mark.skipif(KIND != "apart", reason="a GPU counts no copies")
+ON_APART = needs.NO_GPU.met_if(KIND == "apart")
 UNET = UNetConfig(base_channels=8, channel_multipliers=[1, 2], attention_at=[4])
 DIT = DiTConfig(patch_size=2, width=16, depth=2, heads=2)
 

@@ -30,5 +30,5 @@ def test_extras_that_are_named_exist() -> None:
 def test_what_ci_must_have_is_installed_by_it() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     packages = [need.remedy.split()[-1] for need in needs.NEEDS if need.in_ci]
-    assert sorted(packages) == ["chromium", "dataset-fashion-mnist", "postgresql"]
+    assert sorted(packages) == ["chromium", "dataset-fashion-mnist", "g++", "postgresql"]
     assert all(package in script for package in packages)

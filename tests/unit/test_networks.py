@@ -173,7 +173,7 @@ def test_heads_that_do_not_divide_a_level_with_attention_are_refused() -> None:
 
 
 def test_the_default_network_is_that_of_checkpoints_from_before_the_other_settings() -> None:
-    config = load_config(DIGITS).network
+    config = load_config(DIGITS, ["network.base_channels=32"]).network
     assert isinstance(config, UNetConfig)
     older = {name: getattr(config, name) for name in list(UNetConfig.model_fields)[:5]}
     spec = {"network": older, "diffusion": {}, "channels": 1, "image_size": 8, "class_names": ["a"]}

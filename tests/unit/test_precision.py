@@ -12,6 +12,7 @@ from pipeline.training.config import Precision, TrainingConfig
 from pipeline.training.loop import make_state
 from pipeline.training.precision import computes_natively, resolve
 from tasks import notices
+from tests import needs
 from tests.conftest import ROOT
 from tests.unit.test_training import CPU, SPEC, config, fresh, run, save
 
@@ -55,7 +56,7 @@ def test_nobody_trains_before_auto_is_resolved() -> None:
         make_state(SPEC.make_network(), config(precision="auto"), 1000)
 
 
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="not Linux")
+@needs.CPU_INFO.met_if(Path("/proc/cpuinfo").exists())
 def test_a_cpu_computes_bfloat16_if_the_kernel_says_so_and_onednn_may() -> None:
     flags = set(Path("/proc/cpuinfo").read_text().split())
     may = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper() not in ("SSE41", "AVX", "AVX2")

@@ -58,8 +58,10 @@ def test_a_checkpoint_has_weights_their_average_and_two_moments(scaling: ModuleT
     """As is reckoned for networks of which none was written: four float32 of each parameter."""
     measured = scaling.measured()
     for name in ("digits", "fashion_mnist", "cifar10"):
-        parameters = sum(p.numel() for p in scaling.networks()[name].make_network().parameters())
-        assert measured[name] == pytest.approx(16 * parameters, rel=0.02)
+        weights = list(scaling.networks()[name].make_network().parameters())
+        numbers = 16 * sum(weight.numel() for weight in weights)
+        # each has its name, type, shape and place beside it, in some 100 to 150 bytes
+        assert numbers < measured[name] < numbers + 4 * len(weights) * 200
 
 
 def test_tasks_that_are_handed_out_too_slowly_leave_cores_idle(scaling: ModuleType) -> None:
