@@ -133,6 +133,31 @@ def names_of(metrics: dict[str, str]) -> set[str]:
 
 
 def test_the_dashboard_draws_what_the_service_tells_and_all_of_it(ann: Service) -> None:
+    def fill() -> bool:
+        """A client's half of the service, which refuses it more; then it makes room again."""
+        with ann.stream({**LONG, "stream": True}) as reply:
+            status, _ = ann.post({**LONG, "n": 20})
+            path = f"/v1/images/generations/{reply.getheader('x-generation-id')}"
+            return (status, ann.ask("DELETE", path)[0]) == (429, 200)
+
+    ends = {
+        "completed": lambda: ann.post(REQUEST)[0] == 200,
+        "invalid": lambda: ann.post({"n": 0})[0] == 422,
+        "rejected": fill,
+        "cancelled": fill,
+        "late": lambda: ann.post(LONG)[0] == 504,
+    }
+
+    def all_are_told() -> bool:
+        found = (re.search(r'ray_ddpm_requests_total{.*outcome="(\w+)"', it) for it in scraped(ann))
+        missing = ends.keys() - {match[1] for match in found if match}
+        for name in missing:  # what Ray's agent has missed on a busy machine is lost: once more
+            assert ends[name](), name
+        time.sleep(1.0 * bool(missing))
+        return not missing
+
+    wait_for(all_are_told, f"requests that ended as {set(ends)}")
+
     dashboard = (ROOT / "infra" / "monitoring" / "grafana.json").read_text()
     drawn = set(re.findall(r"ray_ddpm_\w+", dashboard))
     told = wait_for(
@@ -140,13 +165,6 @@ def test_the_dashboard_draws_what_the_service_tells_and_all_of_it(ann: Service) 
     )
     parts_of_drawn = {name.removesuffix("_bucket") + end for name in drawn for end in PARTS}
     assert told <= drawn | parts_of_drawn
-
-    def outcomes() -> set[str]:
-        found = (re.search(r'ray_ddpm_requests_total{.*outcome="(\w+)"', it) for it in scraped(ann))
-        return {match[1] for match in found if match}
-
-    wanted = {"completed", "cancelled", "late", "rejected", "invalid"}
-    wait_for(lambda: outcomes() >= wanted, f"requests that ended as {wanted}")
 
 
 PARTS = ("_sum", "_count")
