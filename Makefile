@@ -69,6 +69,7 @@ bench: $(TOOLS) $(PEERS)/.installed  ## Run the benchmarks that need no model, i
 	$(BIN)/python -m tests.benchmarks.record train_step
 	$(BIN)/python -m tests.benchmarks.record train_step --profile
 	$(BIN)/python -m tests.benchmarks.record ray_overhead
+	$(BIN)/python -m tests.benchmarks.record precision
 	$(BIN)/python -m tests.benchmarks.record kept_memory
 	$(BIN)/python -m tests.benchmarks.record evaluate
 	$(BIN)/python -m tests.benchmarks.record engine

@@ -72,13 +72,13 @@ def measured_rows_per_second(config: "RunConfig") -> float | None:
         return None
     import torch
 
-    from pipeline.training.precision import HALF, computes_natively, resolve
-    from tasks.train_worker import model_spec
+    from pipeline.training.precision import HALF, prefers_bfloat16, resolve
+    from tasks.train_worker import flops_of, model_spec
 
     cluster.keep_memory()
     spec, threads = model_spec(config, []), torch.get_num_threads()
-    native = computes_natively(torch.device("cpu"), "bfloat16")
-    half = HALF.get(resolve(config.training.precision, None, native))
+    prefers = prefers_bfloat16(torch.device("cpu"), flops_of(spec))
+    half = HALF.get(resolve(config.training.precision, None, prefers))
     network = spec.make_network()
     workers = max(1, min(of.min_workers, cluster.num_cores() // of.cpus_per_worker))
     rows, most = 1, max(1, config.training.batch_size // of.min_workers)

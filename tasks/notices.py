@@ -8,10 +8,17 @@ from typing import Literal
 from pipeline.training.config import Precision
 
 
-def chosen(precision: Precision, kept: bool) -> dict[str, str]:
-    """What `training.precision: auto` has become."""
+def chosen(precision: Precision, kept: bool, small: bool) -> dict[str, str]:
+    """What `training.precision: auto` has become.
+
+    Args:
+        kept: the run began with it.
+        small: the network is, see precision.is_small.
+    """
     if kept:
         why = "in which it began"
+    elif small:
+        why = "in which CPUs compute so small a network fastest"
     elif precision == "bfloat16":
         why = "which all workers compute natively"
     else:

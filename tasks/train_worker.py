@@ -29,7 +29,13 @@ from pipeline.training import checkpoint, parallel, posthoc
 from pipeline.training.config import Precision, TrainingConfig
 from pipeline.training.inputs import step_inputs
 from pipeline.training.loop import StepRecord, TrainState, make_state, train
-from pipeline.training.precision import HALF, computes_natively, resolve
+from pipeline.training.precision import (
+    HALF,
+    computes_natively,
+    is_small,
+    prefers_bfloat16,
+    resolve,
+)
 from pipeline.training.watch import Watch, measured_peak, slowdown, training_flops
 from tasks import notices
 from tasks.cluster import gpus_of_this_node, num_cores
@@ -70,7 +76,9 @@ def _train_rank(job: Job) -> None:
     step, kept, attempt = broadcast_from_rank_zero(
         (*((found.step, found.precision) if found else (0, None)), secrets.randbits(63))
     )
-    everywhere = parallel.true_on_all_ranks(computes_natively(device, "bfloat16"), device)
+    spec = model_spec(job.config, job.class_names)
+    flops = flops_of(spec)
+    everywhere = parallel.true_on_all_ranks(prefers_bfloat16(device, flops), device)
     job = with_precision(job, resolve(asked, kept, everywhere))
     config, training = job.config, job.config.training
     # by itself, cuDNN would round the factors of its convolutions
@@ -78,7 +86,6 @@ def _train_rank(job: Job) -> None:
     torch.backends.cudnn.fp32_precision = fp32
     torch.backends.cuda.matmul.fp32_precision = fp32
 
-    spec = model_spec(config, job.class_names)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "init"))
         network = spec.make_network().to(device)
@@ -107,8 +114,10 @@ def _train_rank(job: Job) -> None:
         network.compile(mode=training.compile)
     forward = parallel.wrap(network, device)
     schedule = None if config.diffusion.schedule == "learned" else make_schedule(config.diffusion)
-    watch = make_watch(spec, training, device)
-    job.reporter.push.remote({"notices": notices_of(job, asked, kept is not None, spec, device)})
+    watch = make_watch(flops, training, device)
+    job.reporter.push.remote(
+        {"notices": notices_of(job, asked, kept is not None, spec, flops, device)}
+    )
 
     def written(info: checkpoint.CheckpointInfo) -> None:
         job.reporter.push.remote({"checkpoint": info.uri, "step": info.step})
@@ -160,6 +169,7 @@ def notices_of(
     asked: Literal["auto"] | Precision,
     kept: bool,
     spec: ModelSpec,
+    flops: int,
     device: torch.device,
 ) -> dict[str, str]:
     """What this rank has to say of where it is, see tasks/notices.py."""
@@ -171,7 +181,7 @@ def notices_of(
         **notices.idle_gpus(cluster.gpus_per_worker, gpus_of_this_node()),
     }
     if asked == "auto":
-        said |= notices.chosen(precision, kept)
+        said |= notices.chosen(precision, kept, is_small(device, flops))
     if not computes_natively(device, precision):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         shape = (spec.channels, spec.image_size, spec.image_size)
@@ -181,17 +191,20 @@ def notices_of(
     return said
 
 
-def make_watch(spec: ModelSpec, training: TrainingConfig, device: torch.device) -> Watch:
+def flops_of(spec: ModelSpec) -> int:
+    """Of a forward and backward pass of one image."""
     with torch.device("meta"):  # to count operations nothing need be computed
-        network = spec.make_network()
-    shape = (spec.channels, spec.image_size, spec.image_size)
+        return training_flops(spec.make_network(), spec.image_shape, spec.num_classes)
+
+
+def make_watch(flops: int, training: TrainingConfig, device: torch.device) -> Watch:
     assert training.precision != "auto"
     # what is emulated has the peak of what it is made of
     native = computes_natively(device, training.precision)
     dtype = HALF.get(training.precision, torch.float32) if native else torch.float32
     return Watch(
         training.batch_size,
-        training_flops(network, shape, spec.num_classes),
+        flops,
         measured_peak(device, dtype),
         may_overflow=training.precision == "float16",
     )

@@ -130,8 +130,9 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     precision: Literal["auto"] | Precision = "auto"
     """bfloat16 and float16: autocast in the network; weights, EMA, noising and loss stay float32.
     tf32: float32 with products of 10 bits on GPUs that have them. float16: with a loss scale.
-    auto: bfloat16 if the devices of all workers compute it natively, else float32; a run that goes
-    on keeps what it began with. See pipeline/training/precision.py."""
+    auto: bfloat16 if the devices of all workers compute it natively and the network is not too
+    small for it to pay on a CPU, else float32; a run that goes on keeps what it began with. See
+    pipeline/training/precision.py."""
     accumulate: int = Field(default=1, ge=1)
     """A worker computes its rows of a batch in so many parts, one after the other, and steps once:
     for batches that do not fit in memory."""

@@ -12,6 +12,9 @@ from pipeline.training.config import Precision
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 """Precisions in which the network computes with fewer bits than it keeps."""
+LEAST_CPU_FLOPS = 50e6
+"""Of the forward and backward pass of one image. A CPU computes a smaller network faster in
+float32: to convert its tensors takes longer than bfloat16 saves (tests/benchmarks/precision.py)."""
 
 
 def resolve(
@@ -22,11 +25,25 @@ def resolve(
     Args:
         asked: `training.precision`.
         kept: what the run began with, if it goes on from a checkpoint.
-        everywhere: whether the device of every rank computes bfloat16 natively.
+        everywhere: whether `prefers_bfloat16` holds on every rank.
     """
     if asked != "auto":
         return asked
     return kept or ("bfloat16" if everywhere else "float32")
+
+
+def prefers_bfloat16(device: torch.device, flops: float) -> bool:
+    """Whether a device computes bfloat16 natively, and a network of so many FLOPs faster in it.
+
+    Args:
+        flops: of a forward and backward pass of one image, see watch.training_flops.
+    """
+    return computes_natively(device, "bfloat16") and not is_small(device, flops)
+
+
+def is_small(device: torch.device, flops: float) -> bool:
+    """Whether bfloat16 does not pay on this device; it follows from the network alone."""
+    return device.type == "cpu" and flops < LEAST_CPU_FLOPS
 
 
 def computes_natively(device: torch.device, precision: Precision) -> bool:

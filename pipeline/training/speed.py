@@ -19,7 +19,7 @@ from pipeline.diffusion.schedules import make_schedule
 from pipeline.training.config import TrainingConfig
 from pipeline.training.inputs import StepInputs, draw_inputs
 from pipeline.training.loop import make_state, train
-from pipeline.training.precision import HALF, computes_natively, resolve
+from pipeline.training.precision import HALF, prefers_bfloat16, resolve
 from pipeline.training.watch import measured_peak, training_flops
 
 MEASURED_SECONDS, MOST_STEPS = 2.0, 50
@@ -61,17 +61,16 @@ def seconds_per_step(
     Returns:
         Seconds; infinite beyond `limit`, or where memory does not suffice.
     """
-    precision = resolve(training.precision, None, computes_natively(device, "bfloat16"))
-    training = training.model_copy(update={"precision": precision})
     rows = len(share(workers - 1, workers, training.batch_size))
     with torch.device("meta"):
-        network = fitted.make_network()
-        flops = rows * training_flops(network, fitted.image_shape, fitted.num_classes)
+        flops = training_flops(fitted.make_network(), fitted.image_shape, fitted.num_classes)
+    precision = resolve(training.precision, None, prefers_bfloat16(device, flops))
+    training = training.model_copy(update={"precision": precision})
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         peak = measured_peak(device, HALF.get(training.precision, torch.float32))
-        if flops > limit * BEST_UTILISATION * peak:
+        if rows * flops > limit * BEST_UTILISATION * peak:
             return math.inf
         count = 1 if is_apart(device) else workers
         of_worker = training.model_copy(update={"batch_size": rows})

@@ -4,14 +4,16 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import storage
 from pipeline.config import load_config
 from pipeline.training import checkpoint
 from pipeline.training.config import Precision, TrainingConfig
 from pipeline.training.loop import make_state
-from pipeline.training.precision import computes_natively, resolve
+from pipeline.training.precision import computes_natively, is_small, prefers_bfloat16, resolve
 from tasks import notices
+from tasks.train_worker import flops_of, model_spec
 from tests import needs
 from tests.conftest import ROOT
 from tests.unit.test_training import CPU, SPEC, config, fresh, run, save
@@ -65,6 +67,17 @@ def test_a_cpu_computes_bfloat16_if_the_kernel_says_so_and_onednn_may() -> None:
     assert computes_natively(CPU, "float32") and computes_natively(CPU, "tf32")
 
 
+def test_auto_takes_bfloat16_on_a_cpu_for_the_larger_networks_only() -> None:
+    native = computes_natively(CPU, "bfloat16")
+    flops = {}
+    for name in ("digits", "fashion_mnist"):
+        spec = model_spec(load_config(str(ROOT / "configs" / f"{name}.yaml")), ["a", "b"])
+        flops[name] = flops_of(spec)
+    assert not prefers_bfloat16(CPU, flops["digits"])
+    assert prefers_bfloat16(CPU, flops["fashion_mnist"]) == native
+    assert not is_small(torch.device("cuda"), flops["digits"]), "GPUs have no such limit"
+
+
 def test_auto_is_the_default_and_what_the_shipped_configs_have() -> None:
     assert TrainingConfig(steps=1, batch_size=1, lr=1.0).precision == "auto"
     for path in (ROOT / "configs").glob("*.yaml"):
@@ -72,11 +85,15 @@ def test_auto_is_the_default_and_what_the_shipped_configs_have() -> None:
 
 
 def test_what_auto_became_is_said_with_its_reason() -> None:
-    assert notices.chosen("bfloat16", False)["chosen"] == (
+    def said(precision: Precision, kept: bool = False, small: bool = False) -> str:
+        return notices.chosen(precision, kept, small)["chosen"]
+
+    assert said("bfloat16") == (
         "training.precision=auto is bfloat16, which all workers compute natively"
     )
-    assert "is float32, since not all workers" in notices.chosen("float32", False)["chosen"]
-    assert "is bfloat16, in which it began" in notices.chosen("bfloat16", True)["chosen"]
+    assert "is float32, since not all workers" in said("float32")
+    assert "is float32, in which CPUs compute so small a network" in said("float32", small=True)
+    assert "is bfloat16, in which it began" in said("bfloat16", kept=True, small=True)
 
 
 def test_an_emulated_precision_is_said_with_its_factor_and_what_helps() -> None:
