@@ -14,7 +14,7 @@ from tasks.commands.base import ConfigArg, SetOption, load
 from tasks.console import console
 
 if TYPE_CHECKING:
-    from tasks.submit import Jobs
+    from tasks.jobs.client import Jobs
 
 AddressOption = Annotated[
     str,
@@ -42,7 +42,7 @@ def submit(
     set_: SetOption = None,
 ) -> None:
     """Run a config as a job on a Ray cluster, or find the job that is at it."""
-    from tasks.submit import Jobs, Run
+    from tasks.jobs.client import Jobs, Run
 
     resolved, tracking = load(context, config, set_)  # a mistake is better found here than there
     if not Path(config).absolute().resolve().is_relative_to(Path.cwd().resolve()):
@@ -76,7 +76,7 @@ def list_jobs(address: AddressOption) -> None:
     """List the jobs that were submitted to a cluster."""
     from rich.table import Table
 
-    from tasks.submit import BY, CONFIG, Jobs
+    from tasks.jobs.client import BY, CONFIG, Jobs
 
     table = Table("job", "config", "status", "since", "took", "by", box=None, pad_edge=False)
     jobs = Jobs(address).all()
@@ -102,7 +102,7 @@ def logs(
     ] = False,
 ) -> None:
     """Print what a job has printed."""
-    from tasks.submit import Jobs
+    from tasks.jobs.client import Jobs
 
     jobs = Jobs(address)
     if follow:
@@ -112,7 +112,7 @@ def logs(
 
 def cancel(job: JobArg, address: AddressOption) -> None:
     """Stop a job; submitted again, the run goes on from what is finished."""
-    from tasks.submit import Jobs
+    from tasks.jobs.client import Jobs
 
     was_running = Jobs(address).cancel(job)
     console.print(f"{job} {'is stopped' if was_running else 'was over already'}")
@@ -120,7 +120,7 @@ def cancel(job: JobArg, address: AddressOption) -> None:
 
 def _follow(jobs: "Jobs", id: str) -> int:
     """Write a job's output until it is over; returns its exit code."""
-    from tasks.submit import exit_code
+    from tasks.jobs.client import exit_code
 
     try:
         job = jobs.follow(id, _write)

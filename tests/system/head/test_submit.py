@@ -17,7 +17,7 @@ import pytest
 import ray
 
 from pipeline.errors import ClusterError
-from tasks import submit
+from tasks.jobs import client
 from tests.conftest import (
     ENVIRONMENT,
     HANG,
@@ -107,7 +107,7 @@ def test_a_job_outlives_its_client_and_its_driver_and_is_found_again(
     (driver,) = [
         process
         for process in ray_workers(head.pid, "tasks run")
-        if "tasks.attempts" not in process.cmdline()
+        if "tasks.jobs.attempts" not in process.cmdline()
     ]
     driver.kill()
     output, _ = again.communicate(timeout=HANG)
@@ -183,14 +183,14 @@ def test_a_head_whose_agent_does_not_listen_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Another Ray on its machine has the port; so said Ray 2.60 for as long as it was asked."""
-    monkeypatch.setattr(submit, "START_SECONDS", 0.0)
-    monkeypatch.setattr(submit, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(client, "START_SECONDS", 0.0)
+    monkeypatch.setattr(client, "POLL_SECONDS", 0.0)
     told = "No available agent to submit job, please try again later."
     with (
         answering(f'{{"ray_version": "{ray.__version__}"}}', jobs="[]", posted=told) as address,
         pytest.raises(ClusterError, match="has port 52365, end that, or start the head with"),
     ):
-        submit.Jobs(address).submit(submit.Run("digits", "", "digits.yaml", []), 1, None)
+        client.Jobs(address).submit(client.Run("digits", "", "digits.yaml", []), 1, None)
 
 
 @contextmanager

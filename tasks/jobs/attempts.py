@@ -1,7 +1,8 @@
-"""A job on the cluster: `python -m tasks.attempts N VERB ...` starts `ddpm VERB ...` up to N times.
+"""The process of a job on the cluster: it starts `ddpm VERB ...`, up to N times.
 
-It is started again when it was killed or has failed, by whatever; not when the user has made a
-mistake (exit code 2), nor when the job is stopped. Each start goes on from what is finished.
+`python -m tasks.jobs.attempts N VERB ...` starts the command again when it was killed or has
+failed, by whatever; not when the user has made a mistake (exit code 2), nor when the job is
+stopped. Each start goes on from what is finished.
 """
 
 import signal

@@ -152,7 +152,7 @@ class Jobs:
                 return str(job.submission_id), False
         numbers = [int(str(job.submission_id).rsplit("-", 1)[-1]) for job in earlier]
         id = f"{run.key}-{max(numbers, default=0) + 1}"
-        entrypoint = ["python", "-m", "tasks.attempts", str(attempts), "run", run.config]
+        entrypoint = ["python", "-m", "tasks.jobs.attempts", str(attempts), "run", run.config]
         environment = {"working_dir": working_dir, "excludes": NOT_SENT} if working_dir else {}
         begin = time.monotonic()
         while True:
