@@ -13,10 +13,12 @@ from pipeline.training.config import Precision, TrainingConfig
 from pipeline.training.loop import make_state
 from pipeline.training.precision import computes_natively, is_small, prefers_bfloat16, resolve
 from tasks import notices
-from tasks.train_worker import flops_of, model_spec
+from tasks.train_worker import Job, flops_of, model_spec, with_precision
 from tests import needs
 from tests.conftest import ROOT
 from tests.unit.test_training import CPU, SPEC, config, fresh, run, save
+
+DIGITS = str(ROOT / "configs" / "digits.yaml")
 
 
 def test_auto_is_bfloat16_where_every_worker_computes_it_else_float32() -> None:
@@ -51,6 +53,15 @@ def test_a_checkpoint_from_before_auto_goes_on_in_what_its_config_says(tmp_path:
     kept = checkpoint.read(str(tmp_path), 0).precision
     assert kept is None
     assert resolve("float32", kept, everywhere=True) == "float32"
+
+
+def test_a_worker_by_auto_does_what_one_does_whose_config_says_what_auto_became() -> None:
+    jobs = {
+        precision: Job(load_config(DIGITS, [f"training.precision={precision}"]), "", "", [], None)
+        for precision in ("auto", "float32", "bfloat16")
+    }
+    for became in ("float32", "bfloat16"):
+        assert with_precision(jobs["auto"], became) == jobs[became]
 
 
 def test_nobody_trains_before_auto_is_resolved() -> None:

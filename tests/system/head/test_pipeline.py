@@ -294,15 +294,13 @@ def place_with_shards(
     return Workplace(folder, environment or {})
 
 
-def assert_ends_like_the_quiet_run(place: Workplace, tiny: Workplace) -> None:
-    """Same weights bit for bit, same history without duplicates, same samples."""
+def assert_trained_like_the_quiet_run(place: Workplace, tiny: Workplace) -> None:
+    """Same weights bit for bit, same history without duplicates."""
     assert weights_of(place) == weights_of(tiny)
-    for name in ("loss", "lr", "holdout_loss", "class_accuracy"):
+    for name in ("loss", "lr", "holdout_loss"):
         assert metric_history(place, name) == metric_history(tiny, name)
     with database_of(place) as database:
         assert database.execute("SELECT count(*) FROM runs").fetchone() == (1,)
-    grids = [next((w.folder / "runs" / "sample").glob("*/grid.png")) for w in (place, tiny)]
-    assert grids[0].read_bytes() == grids[1].read_bytes()
 
 
 @contextlib.contextmanager
@@ -337,9 +335,9 @@ def wait_for_checkpoint(place: Workplace) -> None:
 
 
 def test_a_training_that_is_disturbed_in_every_way_ends_as_if_it_had_not_been(
-    tiny: Workplace, tmp_path: Path
+    tiny: Workplace, head: Head, tmp_path: Path
 ) -> None:
-    """A worker is killed, the controller, Ctrl-C comes, the command is killed; on a Ray of its own.
+    """A worker is killed, the controller, then the command, on a Ray of its own.
 
     At certain steps the training is held until the disturbance has come, see tests/faults.
     """
@@ -354,7 +352,7 @@ def test_a_training_that_is_disturbed_in_every_way_ends_as_if_it_had_not_been(
         for said in hold.glob(f"{step}-*"):
             said.unlink()
 
-    process = place.start(*tiny_command("run"), **FAULTS, DDPM_HOLD=str(hold))
+    process = place.start(*tiny_command("train"), **FAULTS, DDPM_HOLD=str(hold))
     held_at(20)
     wait_for(lambda: final_step(place) == 20, "the first checkpoint", process)
     ray_workers(process.pid, "RayTrainWorker")[1].kill()
@@ -366,10 +364,6 @@ def test_a_training_that_is_disturbed_in_every_way_ends_as_if_it_had_not_been(
     (hold / "25").unlink()
     held_at(45)
     wait_for(lambda: final_step(place) == 40, "the second checkpoint", process)
-    interrupt(process, signal.SIGINT)
-
-    process = place.start(*tiny_command("run"), **FAULTS, DDPM_HOLD=str(hold))
-    held_at(45)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
@@ -378,8 +372,8 @@ def test_a_training_that_is_disturbed_in_every_way_ends_as_if_it_had_not_been(
     output = place.quick(*tiny_command("explain"))
     assert re.search("train +will run +was interrupted, goes on from step-000000040", output)
     assert re.search("preprocess +cached", output)
-    place.run_tiny()
-    assert_ends_like_the_quiet_run(place, tiny)
+    Workplace(place.folder, head.joined).run_tiny(verb="train")
+    assert_trained_like_the_quiet_run(place, tiny)
 
 
 def interrupt(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
@@ -391,16 +385,6 @@ def interrupt(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
     assert psutil.wait_procs(children, timeout=HANG)[1] == []
     assert "interrupted: the same command goes on" in output
     assert "Traceback" not in output
-
-
-def test_a_training_by_auto_is_to_the_bit_the_one_whose_config_says_what_auto_became(
-    tiny: Workplace, head: Head, tmp_path: Path
-) -> None:
-    place, became = place_with_shards(tiny, tmp_path, head.joined), tiny.manifest("train")
-    output = place.run_tiny(f"training.precision={became['stats']['precision']}", verb="train")
-    assert weights_of(place) == weights_of(tiny)
-    assert place.manifest("train")["id"] != became["id"]
-    assert "auto" not in output, "there was nothing to choose"
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_no_retry(
