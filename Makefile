@@ -4,7 +4,7 @@ VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 PYTEST := pytest
-PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n 2 --no-loadscope-reorder
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: help install run check test soak load lint bench serve ui image up down clean

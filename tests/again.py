@@ -5,7 +5,6 @@ passes alone is listed under FLAKY and does not fail the run. What fails twice f
 """
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ def main(arguments: list[str]) -> int:
         print(f"{len(failed)} tests failed, more than {MOST}: none is run again")
         return code
     results: dict[str, list[str]] = {"FLAKY": [], "FAILED TWICE": []}
-    for test in [re.sub(r"@\w+$", "", name) for name in failed]:  # without xdist's group
+    for test in failed:
         print(f"\nonce more, alone: {test}", flush=True)
         passes = run("-p", "no:cacheprovider", test) == 0
         results["FLAKY" if passes else "FAILED TWICE"].append(test)

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import FAULTS, Workplace
+from tests.conftest import FAULTS, Workplace, mark_the_only
 from tests.service import Service, served
 
 
 @pytest.fixture(scope="package")
-def service(tiny: Workplace, failing: Path) -> Iterator[Service]:
+def service(
+    tiny: Workplace, failing: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
     """The tiny model, served by two replicas."""
+    mark_the_only(tmp_path_factory, "service")
     with served(tiny, "--replicas", "2", **FAULTS, DDPM_FAILING=str(failing)) as running:
         yield running
 

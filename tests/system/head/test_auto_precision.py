@@ -4,20 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+
+from pipeline.training.precision import computes_natively
 from tests.conftest import Workplace, tiny_command
-
-LESSER_CPU = {
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-}
-"""One without AVX-512; of workers that a Ray of their own starts."""
+from tests.head import Head
 
 
-def test_a_run_that_goes_on_on_a_lesser_machine_keeps_what_it_began_with_and_says_so(
-    tiny: Workplace, tmp_path: Path
+def test_a_run_that_goes_on_keeps_what_it_began_with_and_says_so(
+    tiny: Workplace, head: Head, tmp_path: Path
 ) -> None:
-    """It began on a machine that took bfloat16, which this one emulates."""
+    """It began on a machine that took bfloat16, which this one may emulate."""
     began = tiny.manifest("train")
     for stage in ("preprocess", "train"):
         shutil.copytree(tiny.folder / "runs" / stage, tmp_path / "runs" / stage)
@@ -27,9 +24,10 @@ def test_a_run_that_goes_on_on_a_lesser_machine_keeps_what_it_began_with_and_say
     for path in interrupted.glob("step-*/state.json"):
         state = json.loads(path.read_text())
         path.write_text(json.dumps({**state, "precision": "bfloat16"}))
-    place = Workplace(tmp_path, LESSER_CPU)
+    place = Workplace(tmp_path, head.joined)
     output = place.ddpm(*tiny_command("train"))
     made = place.manifest("train")
     assert (made["id"], made["stats"]["precision"]) == (began["id"], "bfloat16")
     assert "training.precision=auto is bfloat16, in which it began" in output
-    assert "training goes on in bfloat16, emulated by a worker's CPU: the network" in output
+    emulated = "training goes on in bfloat16, emulated by a worker's CPU: the network" in output
+    assert emulated != computes_natively(torch.device("cpu"), "bfloat16")
