@@ -35,13 +35,13 @@ from pipeline.evaluation.real_images import (
     read_train,
     write_tensors,
 )
+from pipeline.pictures.curves import draw_over_steps, draw_timesteps
 from pipeline.samplers.config import SamplingConfig
 from pipeline.samplers.model import ModelSpec
 from pipeline.seeding import key
 from pipeline.serving.engine import ImageRequest
 from tasks import averages, in_flight
 from tasks.cluster import worker_device
-from tasks.curves import draw_over_steps, draw_timesteps
 from tasks.fanout import IMAGES_PER_TASK, draw
 from tasks.held_out import HeldOut
 from tasks.stage import Outcome, StageContext

@@ -38,12 +38,12 @@ def draw_schedule(
     set_: SetOption = None,
 ) -> None:
     """Draw the noise schedule and the timesteps that the sampler visits, and say how it ends."""
-    from tasks import schedule as drawing
+    from pipeline.pictures import schedules
 
     resolved, _ = load(context, config, set_)
     diffusion, sampling = resolved.diffusion, resolved.sampling
-    schedule = drawing.schedule_of(diffusion)
-    storage.write_bytes(str(out.absolute()), drawing.draw(schedule, diffusion, sampling))
-    for line in drawing.describe(schedule, diffusion, sampling):
+    schedule = schedules.schedule_of(diffusion)
+    storage.write_bytes(str(out.absolute()), schedules.draw(schedule, diffusion, sampling))
+    for line in schedules.describe(schedule, diffusion, sampling):
         console.print(line)
     console.print(f"picture   {shown(str(out.absolute()))}")

@@ -11,7 +11,7 @@ LEVELS = [
     {"errors", "seeding", "device", "bucket_errors", "lease", "storage"},
     {"diffusion", "networks", "data"},
     {"samplers", "training"},
-    {"evaluation", "registry", "serving"},
+    {"evaluation", "registry", "serving", "pictures"},
     {"config"},
     {"proposal"},
 ]

@@ -12,8 +12,7 @@ from PIL import Image
 
 from pipeline.diffusion.config import DiffusionConfig
 from pipeline.errors import ConfigError
-from pipeline.samplers.config import SamplingConfig
-from tasks.schedule import (
+from pipeline.pictures.schedules import (
     MAX_DOTS,
     curves_of,
     describe,
@@ -21,6 +20,7 @@ from tasks.schedule import (
     schedule_of,
     visits_of,
 )
+from pipeline.samplers.config import SamplingConfig
 from tests.conftest import ROOT, Workplace
 
 SCHEDULES = [

@@ -1,6 +1,5 @@
-"""Schedule: a picture of a config's noise schedule and of the timesteps that samplers visit."""
+"""A picture of a config's noise schedule and of the timesteps that samplers visit."""
 
-import io
 import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from pipeline.diffusion.config import DiffusionConfig
 from pipeline.diffusion.gaussian import posterior_coefficients
 from pipeline.diffusion.schedules import Schedule, make_schedule
 from pipeline.errors import ConfigError, RequestError
+from pipeline.pictures.plots import BLUE, GREEN, GREY, PINK, VERMILION, make_figure, to_png
 from pipeline.samplers import langevin
 from pipeline.samplers.config import SamplingConfig, Spacing, check_sampling
 from pipeline.samplers.model import SOLVERS, compile_plan
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SPACINGS: tuple[Spacing, ...] = ("trailing", "leading", "linspace", "karras", "log_snr")
-
-BLUE, VERMILION, PINK, GREEN, GREY = "#0072B2", "#D55E00", "#CC79A7", "#00614A", "#6B7280"
-"""Of Okabe & Ito's palette, or near it: told apart whatever one's colour vision is."""
-
 
 MAX_DOTS = 100
 """More than this many evaluations would hide the curve they lie on."""
@@ -162,14 +158,13 @@ def draw(schedule: Schedule, diffusion: DiffusionConfig, sampling: SamplingConfi
 
     The dots on ᾱ_t and on the log-SNR are the configured sampler's.
     """
-    from matplotlib.figure import Figure  # not pyplot, which keeps a state and may open windows
     from matplotlib.ticker import MaxNLocator
 
     curves, visits = curves_of(schedule), visits_of(schedule, diffusion, sampling)
     labels = [textwrap.fill(visit.label, 26, break_on_hyphens=False) for visit in visits]
     rows = [max(1.0, 0.3 + 0.5 * (1 + label.count("\n"))) for label in labels]
     heights = [2.2, 2.2, 2.2, 0.33 * sum(rows) + 0.4]  # inches
-    figure = Figure(figsize=(9.5, sum(heights) + 1.6), dpi=120, layout="constrained")
+    figure = make_figure(9.5, sum(heights) + 1.6)
     axes = figure.subplots(4, 1, sharex=True, height_ratios=heights)
     ax_signal, ax_snr, ax_beta, ax_visits = axes
 
@@ -218,9 +213,7 @@ def draw(schedule: Schedule, diffusion: DiffusionConfig, sampling: SamplingConfi
         ax.set_axisbelow(True)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def _or_gap(y: Tensor, where: Tensor) -> Tensor:

@@ -1,16 +1,11 @@
-"""Pictures of figures: curves as PNG."""
+"""Curves of an evaluation: its loss over the timesteps, its distances over the sampling steps."""
 
-import io
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pipeline.pictures.plots import BLUE, VERMILION, make_figure, to_png
 
 DISTANCES = ("fd_", "kd_", "fid", "kid")
 MARKERS = "os^Dv<>Pp*"
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-BLUE, VERMILION = "#0072B2", "#D55E00"
-"""Of Okabe & Ito's palette: told apart whatever one's colour vision is."""
 
 
 def draw_timesteps(loss: dict[str, Any], bits: dict[str, Any] | None) -> bytes:
@@ -20,10 +15,8 @@ def draw_timesteps(loss: dict[str, Any], bits: dict[str, Any] | None) -> bytes:
         loss: t, loss and error of each bin of timesteps.
         bits: t and bits, L_t of the bound, if it was computed.
     """
-    from matplotlib.figure import Figure  # not pyplot, which keeps a state and may open windows
-
     count = 2 if bits else 1
-    figure = Figure(figsize=(7.5, 2.9 * count), dpi=120, layout="constrained")
+    figure = make_figure(7.5, 2.9 * count)
     axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
     axes[0].errorbar(loss["t"], loss["loss"], loss["error"], color=BLUE, marker="o", markersize=3)
     axes[0].set_ylabel("loss of held-out images")
@@ -36,7 +29,7 @@ def draw_timesteps(loss: dict[str, Any], bits: dict[str, Any] | None) -> bytes:
     for ax in axes:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_over_steps(points: list[dict[str, Any]]) -> bytes:
@@ -45,10 +38,8 @@ def draw_over_steps(points: list[dict[str, Any]]) -> bytes:
     Args:
         points: sampler, evaluations and the figures of features of each.
     """
-    from matplotlib.figure import Figure
-
     names = [name for name in points[0]["figures"] if name.startswith(DISTANCES)]
-    figure = Figure(figsize=(7.5, 3.2 * max(1, len(names))), dpi=120, layout="constrained")
+    figure = make_figure(7.5, 3.2 * max(1, len(names)))
     axes = figure.subplots(max(1, len(names)), 1, sharex=True, squeeze=False)[:, 0]
     for ax, name in zip(axes, names, strict=False):
         for number, sampler in enumerate(dict.fromkeys(point["sampler"] for point in points)):
@@ -76,10 +67,4 @@ def draw_over_steps(points: list[dict[str, Any]]) -> bytes:
             ticks.append(evaluations)
     axes[-1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[-1].set_xticks([], minor=True)
-    return _png(figure)
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
-    return buffer.getvalue()
+    return to_png(figure)
