@@ -8,8 +8,8 @@ import ray
 from safetensors.torch import save as save_tensors
 
 from pipeline import storage
+from pipeline.loading import read_checkpoint
 from pipeline.registry.folder import MODEL_JSON, WEIGHTS, model_files, read_folder
-from pipeline.registry.models import read_checkpoint
 from pipeline.samplers.model import ModelSpec
 from pipeline.training import checkpoint, posthoc
 from tasks.stage import StageContext

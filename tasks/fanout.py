@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import ray
 
-from pipeline.registry.models import load_model
+from pipeline.loading import load_model
 from pipeline.samplers.model import Model
 from pipeline.serving import offline
 from pipeline.serving.config import EXACT_ROWS, Mode

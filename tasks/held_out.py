@@ -17,7 +17,7 @@ from pipeline.evaluation.likelihood import (
     summarise_ode,
 )
 from pipeline.evaluation.metrics import MOST_HELD_OUT, HoldoutLoss, holdout_loss
-from pipeline.registry.models import load_model
+from pipeline.loading import load_model
 from tasks.cluster import worker_device
 from tasks.fanout import cached_model
 from tasks.stage import StageContext

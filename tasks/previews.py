@@ -23,7 +23,7 @@ from pipeline.evaluation.figures import FeatureSet, compare
 from pipeline.evaluation.frechet import moments
 from pipeline.evaluation.metrics import MOST_HELD_OUT, holdout_loss
 from pipeline.evaluation.real_images import extractor_of, read_train
-from pipeline.registry.models import load_model
+from pipeline.loading import load_model
 from pipeline.samplers.config import SamplingConfig
 from pipeline.seeding import key
 from pipeline.serving.engine import Engine, ImageRequest

@@ -10,7 +10,7 @@ from pipeline import storage
 from pipeline.config import RunConfig
 from pipeline.registry.aliases import decide
 from pipeline.registry.folder import MODEL_JSON, model_files
-from pipeline.registry.models import register
+from pipeline.registry.registration import register
 from pipeline.registry.versions import FIGURES_TAG, SERVING_TAG, write_reference
 from tasks import averages
 from tasks.stage import Outcome, StageContext

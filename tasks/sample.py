@@ -11,7 +11,7 @@ import torch
 from pipeline import storage
 from pipeline.data.images import grid
 from pipeline.device import CPU
-from pipeline.registry.models import load_model
+from pipeline.loading import load_model
 from pipeline.registry.versions import ModelReference, read_reference
 from pipeline.seeding import key
 from pipeline.serving.config import Mode

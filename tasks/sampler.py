@@ -20,7 +20,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter
 
 from pipeline.data.images import to_uint8
-from pipeline.registry.models import load_model
+from pipeline.loading import load_model
 from pipeline.registry.versions import ModelReference
 from pipeline.samplers.model import make_plan
 from pipeline.serving.config import Mode, ServingConfig

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from pipeline.registry.models import load_model
+from pipeline.loading import load_model
 from pipeline.registry.versions import resolve
 from pipeline.samplers.config import SamplingConfig
 from pipeline.serving.engine import ImageRequest

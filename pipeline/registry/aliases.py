@@ -1,7 +1,8 @@
 """Aliases of a registered model: who moves them, when, and the history of their moves.
 
-What is read, decided, moved and recorded is one turn (see turns.py), so of two pipelines that
-finish at once the second meets the first as champion. The history is a tag of the registered model.
+The model is locked (see lock.py) while its alias is read, decided on, moved and recorded, so of
+two pipelines that finish at once the second meets the first as champion. The history is a tag of
+the registered model.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.errors import ModelNotFound, UserError
 from pipeline.registry.config import Rule
 from pipeline.registry.gate import Champion, Decision, Figures, judge
+from pipeline.registry.lock import lock_model
 from pipeline.registry.runs import explained, make_client
-from pipeline.registry.turns import model_turn
 from pipeline.registry.versions import (
     FIGURES_TAG,
     ModelReference,
@@ -69,7 +70,7 @@ def decide(
         StorageError: the registry cannot be used.
         ModelNotFound: the version was deleted meanwhile.
     """
-    with _turn_over(reference) as (client, model):
+    with _locked_version(reference) as (client, model):
         before = _holder(model, alias)
         champion = None
         if before not in (None, reference.version):
@@ -92,7 +93,7 @@ def promote(reference: ModelReference, alias: str) -> str | None:
         StorageError: the registry cannot be used.
         ModelNotFound: the version was deleted meanwhile.
     """
-    with _turn_over(reference) as (client, model):
+    with _locked_version(reference) as (client, model):
         before = _holder(model, alias)
         _move(client, model, alias, reference.version, "promote")
     return before
@@ -106,7 +107,7 @@ def rollback(name: str, alias: str, tracking_uri: str) -> Move:
         ModelNotFound: there is no such model, or the version before was deleted.
         UserError: no version before is known.
     """
-    with _turn(name, tracking_uri) as (client, model):
+    with _locked(name, tracking_uri) as (client, model):
         now = _holder(model, alias)
         line = _line(_read_history(model, alias), now)
         if len(line) < 2:
@@ -148,20 +149,20 @@ def history(name: str, alias: str, tracking_uri: str) -> list[Move]:
 
 
 @contextmanager
-def _turn_over(reference: ModelReference) -> Iterator[tuple[MlflowClient, RegisteredModel]]:
-    """`_turn`, with a version that is there."""
-    with _turn(reference.name, reference.tracking_uri) as (client, model):
+def _locked_version(reference: ModelReference) -> Iterator[tuple[MlflowClient, RegisteredModel]]:
+    """`_locked`, of a version that exists."""
+    with _locked(reference.name, reference.tracking_uri) as (client, model):
         get_version(client, reference.name, reference.version)
         yield client, model
 
 
 @contextmanager
-def _turn(name: str, uri: str) -> Iterator[tuple[MlflowClient, RegisteredModel]]:
-    """A client, and the registered model as it is while it is this process's turn."""
+def _locked(name: str, uri: str) -> Iterator[tuple[MlflowClient, RegisteredModel]]:
+    """A client, and the registered model, which this process has locked."""
     client = make_client(uri)
     with explained(uri):
         require_model(client, name, uri)
-        with model_turn(client, uri, name):
+        with lock_model(client, uri, name):
             yield client, client.get_registered_model(name)
 
 

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from pipeline import storage
 from pipeline.errors import CorruptArtifact
 from pipeline.registry.card import write_card
+from pipeline.registry.signature import describe_for_mlflow
 from pipeline.samplers.model import ModelSpec
 
 WEIGHTS = "weights.safetensors"
@@ -62,8 +63,6 @@ def model_files(
         scores: protocol, figures and skipped of its evaluation, for the card.
         grid: a PNG of samples, for the card.
     """
-    from pipeline.registry.flavor import describe_for_mlflow
-
     digest = model_digest(spec, weights)
     description = {
         "format": 1,

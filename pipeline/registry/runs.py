@@ -20,7 +20,7 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.errors import StorageError
-from pipeline.registry.turns import SQLITE, in_turn
+from pipeline.registry.lock import SQLITE, lock_store
 
 if TYPE_CHECKING:  # importing mlflow takes seconds, which `ddpm config` need not wait for
     from mlflow.tracking import MlflowClient
@@ -62,9 +62,9 @@ def first_line(error: Exception) -> str:
 def make_client(uri: str) -> MlflowClient:
     """A client of the tracking and registry store, its database made if it is new.
 
-    The first use of a new sqlite file by two processes at once would fail, so it is done in turn.
+    The first use of a new sqlite file by two processes at once would fail, so each locks it.
     """
-    with in_turn(uri), explained(uri):
+    with lock_store(uri), explained(uri):
         if uri.startswith(SQLITE):
             _make_database(Path(uri.removeprefix(SQLITE)))
         return _open(uri)
@@ -115,7 +115,7 @@ class TrackedRun:
 
         self.uri = uri
         self.client = make_client(uri)
-        with in_turn(uri), explained(uri):
+        with lock_store(uri), explained(uri):
             experiment_id = self._experiment(experiment)
             runs = self.client.search_runs(
                 [experiment_id], f"tags.`{TRAIN_ID}` = '{train_id}'", max_results=1

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import storage
-from pipeline.errors import ModelNotFound, RequestError, shown
-from pipeline.registry.runs import explained, make_client
-from pipeline.registry.turns import SQLITE
+from pipeline.errors import ModelNotFound, RequestError, StorageError, shown
+from pipeline.registry.lock import SQLITE
+from pipeline.registry.runs import explained, first_line, make_client
 from pipeline.storage import FileEntry
 
 if TYPE_CHECKING:  # importing mlflow takes seconds
@@ -226,6 +226,27 @@ def version_at(uri: str, tracking_uri: str) -> ModelVersion:
     client = make_client(tracking_uri)
     with explained(tracking_uri):
         return get_version(client, *parse_reference(uri))
+
+
+def download(version: ModelVersion, inner: str, tracking_uri: str) -> str:
+    """Download a version's folder, or `inner`, a file in it; returns the local path.
+
+    Raises:
+        StorageError: the files are not where the registry says.
+    """
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+
+    # by hand: for models:/ MLflow asks the process's own registry, whatever URI it is given
+    source = f"{version.source}{inner}"
+    try:
+        path = mlflow.artifacts.download_artifacts(artifact_uri=source, tracking_uri=tracking_uri)
+    except (MlflowException, OSError) as error:
+        raise StorageError(
+            f"the files of {version.name}@{version.version} cannot be read from {source}, where "
+            f"the registry says they are: {first_line(error)}"
+        ) from error
+    return str(Path(path))
 
 
 def read_tag(reference: ModelReference, tag: str) -> str | None:

@@ -9,7 +9,7 @@ import typer
 
 from pipeline import storage
 from pipeline.errors import RequestError
-from pipeline.registry.turns import SQLITE
+from pipeline.registry.lock import SQLITE
 from tasks.console import console
 
 if TYPE_CHECKING:

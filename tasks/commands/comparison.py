@@ -83,7 +83,7 @@ def _picture(references: "list[ModelReference]", seed: int) -> bytes:
     from PIL import Image
 
     from pipeline.data.images import grid, to_pil
-    from pipeline.registry.models import load_model
+    from pipeline.loading import load_model
     from pipeline.samplers.config import SamplingConfig
     from pipeline.serving.engine import ImageRequest
     from pipeline.serving.offline import draw

@@ -37,8 +37,8 @@ def export(
     ] = None,
 ) -> None:
     """Write a registered model for other tools."""
-    from pipeline.registry import diffusers_format, graph_formats
-    from pipeline.registry.models import load_model
+    from pipeline.exchange import diffusers_folder, graphs
+    from pipeline.loading import load_model
     from pipeline.registry.versions import resolve
 
     if label is not None and format is not Format.DIFFUSERS:
@@ -49,10 +49,10 @@ def export(
     loaded = load_model(reference.uri, reference.tracking_uri)
     weights = loaded.network.state_dict()
     if format is Format.DIFFUSERS:
-        files = diffusers_format.to_diffusers(loaded.spec, weights, label)
+        files = diffusers_folder.to_diffusers(loaded.spec, weights, label)
     else:
-        program = graph_formats.trace(loaded.spec, weights)
-        write = graph_formats.to_onnx if format is Format.ONNX else graph_formats.to_torch_export
+        program = graphs.trace(loaded.spec, weights)
+        write = graphs.to_onnx if format is Format.ONNX else graphs.to_torch_export
         files = write(loaded.spec, program)
     for name, data in files.items():
         storage.write_bytes(storage.join(str(folder.absolute()), name), data)
@@ -75,9 +75,9 @@ def import_(
     """Register the model in a folder of Hugging Face's diffusers."""
     from safetensors.torch import save
 
-    from pipeline.registry.diffusers_format import from_diffusers
+    from pipeline.exchange.diffusers_folder import from_diffusers
     from pipeline.registry.folder import model_digest, model_files
-    from pipeline.registry.models import register
+    from pipeline.registry.registration import register
     from pipeline.registry.runs import TrackedRun
     from pipeline.registry.versions import check_name
 

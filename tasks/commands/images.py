@@ -44,7 +44,7 @@ def sample(
 ) -> None:
     """Draw images from a registered model: DIR/0000.png ... and DIR/grid.png."""
     from pipeline.config import ClusterConfig, apply_override
-    from pipeline.registry.models import load_model
+    from pipeline.loading import load_model
     from pipeline.registry.versions import resolve
     from pipeline.samplers.config import SamplingConfig
     from pipeline.serving.engine import ImageRequest, check_request

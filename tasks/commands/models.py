@@ -83,8 +83,8 @@ def lineage(
     ],
 ) -> None:
     """Show what an image or a model was made from, down to the hashes of the source."""
+    from pipeline.loading import read_lineage
     from pipeline.registry.aliases import DECISION_TAG
-    from pipeline.registry.models import read_lineage
     from pipeline.registry.versions import resolve
 
     uri = tracking_uri(context)

@@ -29,8 +29,8 @@ from pipeline import storage
 from pipeline.evaluation.extractors import keep_classifier
 from pipeline.evaluation.features import Classifier, TrainedClassifier
 from pipeline.evaluation.figures import gather
+from pipeline.loading import load_model
 from pipeline.registry.folder import model_files
-from pipeline.registry.models import load_model
 from pipeline.samplers.config import SamplingConfig
 from pipeline.serving import offline
 from pipeline.serving.engine import ImageRequest

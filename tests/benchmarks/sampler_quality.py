@@ -37,7 +37,7 @@ from pipeline.errors import RequestError
 from pipeline.evaluation.extractors import CLASSIFIER, Extractor, by_classifier, load_classifier
 from pipeline.evaluation.features import TrainedClassifier, train_classifier
 from pipeline.evaluation.frechet import Gaussian, fit_gaussian, frechet_distance
-from pipeline.registry.models import load_model
+from pipeline.loading import load_model
 from pipeline.registry.versions import read_tag, resolve
 from pipeline.samplers.config import SamplingConfig, check_sampling
 from pipeline.samplers.model import SOLVERS, Model, make_plan

@@ -49,9 +49,9 @@ import psutil
 import torch
 from safetensors.torch import save as save_tensors
 
-from pipeline.registry.diffusers_format import to_diffusers
+from pipeline.exchange.diffusers_folder import to_diffusers
 from pipeline.registry.folder import model_files
-from pipeline.registry.models import register
+from pipeline.registry.registration import register
 from pipeline.registry.runs import TrackedRun
 from pipeline.registry.versions import ModelReference
 from pipeline.samplers.config import SamplingConfig

@@ -32,7 +32,7 @@ from safetensors.torch import save as save_tensors
 
 from pipeline.registry.aliases import promote
 from pipeline.registry.folder import model_files
-from pipeline.registry.models import register
+from pipeline.registry.registration import register
 from pipeline.registry.runs import TrackedRun
 from pipeline.registry.versions import SERVING_TAG
 from pipeline.samplers.config import SamplingConfig

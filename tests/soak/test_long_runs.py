@@ -12,7 +12,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load
 
-from pipeline.registry.models import read_checkpoint
+from pipeline.loading import read_checkpoint
 from tasks import averages
 from tests.cluster import Cluster
 from tests.conftest import HANG, Workplace, end, ray_workers, tiny_command, wait_for

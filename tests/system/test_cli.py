@@ -13,10 +13,10 @@ from PIL import Image
 
 from pipeline.config import load_config
 from pipeline.errors import ModelNotFound
+from pipeline.loading import load_model
 from pipeline.registry.aliases import (
     DECISION_TAG,
 )
-from pipeline.registry.models import load_model
 from pipeline.registry.versions import FIGURES_TAG, read_tag, resolve
 from tasks.console import Board
 from tasks.plan import make_plan

@@ -163,7 +163,7 @@ DECIDE = """
 import json, sys
 from pipeline.registry import aliases
 from pipeline.registry.gate import Rule, judge
-from pipeline.registry.models import ModelReference
+from pipeline.registry.versions import ModelReference
 def slow_judge(*given):
     verdicts = judge(*given)
     print("inside", flush=True)

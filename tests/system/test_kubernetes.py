@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from pipeline.config import RunConfig, load_config
 from pipeline.registry.folder import model_files
-from pipeline.registry.models import register
+from pipeline.registry.registration import register
 from pipeline.registry.runs import TrackedRun, make_client
 from pipeline.samplers.model import ModelSpec
 from pipeline.serving.config import ServingConfig

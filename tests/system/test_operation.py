@@ -17,9 +17,10 @@ import pytest
 import torch
 from safetensors.torch import save as save_tensors
 
+from pipeline.loading import load_model
 from pipeline.registry.aliases import promote
 from pipeline.registry.folder import model_files
-from pipeline.registry.models import load_model, register
+from pipeline.registry.registration import register
 from pipeline.registry.runs import TrackedRun
 from pipeline.registry.versions import ModelReference
 from tests.browser import OpenPage, chromium

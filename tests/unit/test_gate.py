@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 from pydantic import ValidationError
 
 from pipeline.errors import ModelNotFound, StorageError, UserError
-from pipeline.registry import turns
+from pipeline.registry import lock
 from pipeline.registry.aliases import (
     DECISION_TAG,
     HISTORY_TAG,
@@ -364,7 +364,7 @@ class Server:
         self.tags: dict[str, str] = {}
         self.now = 0.0
         self.events: list[tuple[float, str | None]] = []
-        """When another sets the turn's tag, or deletes it."""
+        """When another sets the lock's tag, or deletes it."""
 
     def get_registered_model(self, name: str) -> "Server":
         return self
@@ -383,55 +383,55 @@ class Server:
         while self.events and self.events[0][0] <= self.now:
             _, value = self.events.pop(0)
             if value is None:
-                self.tags.pop(turns.TURN_TAG)
+                self.tags.pop(lock.LOCK_TAG)
             else:
-                self.tags[turns.TURN_TAG] = value
+                self.tags[lock.LOCK_TAG] = value
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     made = Server()
-    monkeypatch.setattr(turns, "time", made)
+    monkeypatch.setattr(lock, "time", made)
     yield made
     assert made.events == []
 
 
-def take_turn(server: Server) -> float:
+def take_lock(server: Server) -> float:
     """When it was ours."""
     client: Any = server
-    with turns.model_turn(client, "http://mlflow", "m"):
+    with lock.lock_model(client, "http://mlflow", "m"):
         at = server.now
-        assert turns.TURN_TAG in server.tags
+        assert lock.LOCK_TAG in server.tags
     return at
 
 
-def test_a_turn_on_a_server_waits_until_all_claims_have_come(server: Server) -> None:
-    assert take_turn(server) == turns.SETTLE
+def test_a_lock_on_a_server_waits_until_all_claims_have_come(server: Server) -> None:
+    assert take_lock(server) == lock.SETTLE
     assert server.tags == {}
 
 
-def test_a_turn_on_a_server_waits_for_who_is_there(server: Server) -> None:
-    server.tags[turns.TURN_TAG] = "another"
+def test_a_lock_on_a_server_waits_for_its_holder(server: Server) -> None:
+    server.tags[lock.LOCK_TAG] = "another"
     server.events = [(10.0, None)]
-    assert take_turn(server) == 10.0 + turns.SETTLE
+    assert take_lock(server) == 10.0 + lock.SETTLE
 
 
-def test_of_two_claims_on_a_server_the_last_written_has_the_turn(server: Server) -> None:
+def test_of_two_claims_on_a_server_the_last_written_has_the_lock(server: Server) -> None:
     server.events = [(1.0, "another"), (7.0, None)]
-    assert take_turn(server) == pytest.approx(7.0 + turns.SETTLE, abs=turns.POLL)
+    assert take_lock(server) == pytest.approx(7.0 + lock.SETTLE, abs=lock.POLL)
 
 
-def test_a_turn_that_a_dead_process_left_on_a_server_ends(server: Server) -> None:
-    server.tags[turns.TURN_TAG] = "dead"
-    at = take_turn(server)
-    assert turns.LEASE < at <= turns.LEASE + turns.SETTLE + 2 * turns.POLL
+def test_a_lock_that_a_dead_process_left_on_a_server_ends(server: Server) -> None:
+    server.tags[lock.LOCK_TAG] = "dead"
+    at = take_lock(server)
+    assert lock.LEASE < at <= lock.LEASE + lock.SETTLE + 2 * lock.POLL
 
 
-def test_a_turn_that_was_taken_for_dead_is_not_ended_for_its_heir(server: Server) -> None:
+def test_a_lock_that_was_taken_for_dead_is_not_released_for_its_heir(server: Server) -> None:
     client: Any = server
-    with turns.model_turn(client, "http://mlflow", "m"):
-        server.tags[turns.TURN_TAG] = "heir"
-    assert server.tags == {turns.TURN_TAG: "heir"}
+    with lock.lock_model(client, "http://mlflow", "m"):
+        server.tags[lock.LOCK_TAG] = "heir"
+    assert server.tags == {lock.LOCK_TAG: "heir"}
 
 
 def test_a_store_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ LEVELS = [
     {"errors", "seeding", "device", "bucket_errors", "lease", "storage"},
     {"diffusion", "networks", "data"},
     {"samplers", "training"},
-    {"evaluation", "registry", "serving", "pictures"},
+    {"evaluation", "registry", "exchange", "serving", "pictures"},
+    {"loading"},
     {"config"},
     {"proposal"},
 ]

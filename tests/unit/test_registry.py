@@ -15,9 +15,10 @@ import yaml
 from safetensors.torch import save as save_tensors
 
 from pipeline.errors import CorruptArtifact, ModelNotFound, RequestError, StorageError
+from pipeline.loading import load_model
 from pipeline.registry.aliases import history, promote
 from pipeline.registry.folder import model_digest, model_files
-from pipeline.registry.models import load_model, register
+from pipeline.registry.registration import register
 from pipeline.registry.runs import TrackedRun, make_client
 from pipeline.registry.versions import (
     DIGEST_TAG,

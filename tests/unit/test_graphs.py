@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from pipeline.errors import UserError
+from pipeline.exchange.graphs import to_onnx, to_torch_export, trace
 from pipeline.networks.monotone import ScheduledNetwork
-from pipeline.registry.graph_formats import to_onnx, to_torch_export, trace
 from pipeline.samplers.model import ModelSpec, build_model
 from tests import needs
 

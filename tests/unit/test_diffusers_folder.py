@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError, DataError, RequestError, StorageError, UserError
+from pipeline.exchange.diffusers_folder import from_diffusers, to_diffusers
 from pipeline.networks.config import DDPM, DiTConfig
 from pipeline.networks.unet import UNet
-from pipeline.registry.diffusers_format import from_diffusers, to_diffusers
 from pipeline.samplers.config import SamplingConfig, Spacing
 from pipeline.samplers.model import Model, ModelSpec, build_model, make_plan
 from pipeline.samplers.plan import ALPHA_BAR, T, X, advance, scaled_noise, start, threshold
