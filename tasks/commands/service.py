@@ -35,7 +35,7 @@ def serve(
     """Serve a registered model over HTTP until Ctrl-C."""
     from pipeline.config import ClusterConfig, apply_override
     from tasks import cluster
-    from tasks.deployment import Service, prepare
+    from tasks.service.deployment import Service, prepare
 
     if replicas is not None and not 1 <= replicas <= 1000:
         raise ConfigError(f"--replicas {replicas} must be from 1 to 1000")
@@ -49,7 +49,7 @@ def serve(
     )
     reference, serving, keys = prepare(service, "--set ")
     log = log_to_file(None)
-    from tasks import serve as application
+    from tasks.service import application
 
     num_cpus = serving.min_replicas * serving.cpus_per_replica
     num_gpus = serving.min_replicas * serving.gpus_per_replica

@@ -413,7 +413,7 @@ async def choose_often(num_replicas: int, choices: int) -> tuple[float, float]:
     )
     from ray.serve.request_router import PendingRequest
 
-    from tasks.sampler import LeastRows
+    from tasks.service.sampler import LeastRows
 
     deployment = DeploymentID(name="Sampler")
     router = LeastRows(deployment, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
@@ -485,8 +485,8 @@ def measure_router(by: int) -> list[Figure]:
 def let_in_often(in_hand: int, times: int) -> float:
     """Seconds in which it is seen that a request can be taken beside so many that are running."""
     from pipeline.serving.config import ServingConfig
-    from tasks.admission import check_room
-    from tasks.generations import Asked, Generation, Generations
+    from tasks.service.admission import check_room
+    from tasks.service.generations import Asked, Generation, Generations
 
     generations, config = Generations(), ServingConfig(max_rows=10**9, max_seconds=1e6)
     for i in range(in_hand):

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.serve_load [--quick] [--batch 4]
 
-A service of tasks/serve.py on a Ray of its own, over HTTP; its model is the network of
+A service of tasks/service/ on a Ray of its own, over HTTP; its model is the network of
 configs/fashion_mnist.yaml with norm_groups=8, as diffusers has it, and untrained: speed does not
 depend on the weights. Replicas have one thread each. The load is a mix of 24 kinds of requests for
 an image: 10, 20, 50 and 250 steps, guided and not, three samplers.
@@ -328,7 +328,7 @@ def counts(mode: str) -> dict[str, tuple[float, int, int]]:
     """(when, network calls, useful rows) of each replica."""
     from ray import serve
 
-    from tasks.serve import APPLICATION
+    from tasks.service.application import APPLICATION
 
     handle = serve.get_deployment_handle("Sampler", APPLICATION)
     found = {}
@@ -379,7 +379,7 @@ class Bench:
 
     @contextlib.contextmanager
     def ours(self, replicas: int) -> Iterator[None]:
-        from tasks.serve import running
+        from tasks.service.application import running
 
         most = 10**7
         config = ServingConfig(replicas=replicas, max_rows=most, max_rows_per_client=most)

@@ -21,8 +21,8 @@ from pipeline.registry.runs import TrackedRun, make_client
 from pipeline.samplers.model import ModelSpec
 from pipeline.serving.config import ServingConfig
 from tasks.cluster import ENVIRONMENT
-from tasks.deployment import Service
-from tasks.serve import APPLICATION, PATIENCE
+from tasks.service.application import APPLICATION, PATIENCE
+from tasks.service.deployment import Service
 from tests import needs
 from tests.conftest import ROOT
 from tests.infra import (
@@ -323,7 +323,7 @@ def test_ray_builds_the_application_of_the_serve_config(build: str, tmp_path: Pa
     from ray._common.constants import HEAD_NODE_RESOURCE_NAME
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_app
 
-    from tasks.deployment import application
+    from tasks.service.deployment import application
 
     keys = tmp_path / "keys.txt"
     keys.write_text("ann ann-0123456789abcdef\n")

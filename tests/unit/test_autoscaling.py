@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.serving.config import ServingConfig
-from tasks.autoscaling import SECONDS_OF_WORK, TARGET_SECONDS, by_work
+from tasks.service.autoscaling import SECONDS_OF_WORK, TARGET_SECONDS, by_work
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import RequestError
-from tasks.generations import Asked, Generation, Generations
+from tasks.service.generations import Asked, Generation, Generations
 from tests.conftest import HANG
 
 ASKED = Asked("digest", "ann", n=1, rows=1)

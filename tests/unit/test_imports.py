@@ -25,7 +25,7 @@ WITHIN_A_LEVEL = {
 }
 CORE = {"diffusion", "networks", "samplers"}
 FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")])
-STAGES = {"preprocess", "reference", "train", "evaluate", "register", "sample", "serve", "submit"}
+STAGES = {"preprocess", "reference", "train", "evaluate", "register", "sample"}
 
 
 def imported_modules(path: Path) -> set[str]:

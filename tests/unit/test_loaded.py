@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import CorruptArtifact
 from pipeline.registry.versions import ModelReference
-from tasks.loaded import LoadedModels
+from tasks.service.loaded_models import LoadedModels
 
 
 class Disk:

@@ -12,8 +12,8 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Repl
 from ray.serve._private.common import RequestMetadata as Metadata
 from ray.serve.request_router import PendingRequest
 
-from tasks import sampler
-from tasks.sampler import LeastRows
+from tasks.service import sampler
+from tasks.service.sampler import LeastRows
 
 DEPLOYMENT = DeploymentID(name="Sampler")
 

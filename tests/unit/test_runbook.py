@@ -115,7 +115,7 @@ def metrics() -> set[str]:
 
     names = {f"ray_{name}" for name in METRICS_GAUGES}
     endings = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_sum", "_count"]}
-    for node in ast.walk(ast.parse((ROOT / "tasks" / "metrics.py").read_text())):
+    for node in ast.walk(ast.parse((ROOT / "tasks" / "service" / "metrics.py").read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             for ending in endings.get(node.func.id, []):
                 (name, *_) = node.args
@@ -141,7 +141,7 @@ FUNCTIONS = {"sum", "rate", "histogram_quantile", "and", "unless"}
 
 
 def test_every_metric_is_told_by_the_service_or_by_ray() -> None:
-    from tasks.metrics import OUTCOMES
+    from tasks.service.metrics import OUTCOMES
 
     there = metrics()
     for expression in expressions():
@@ -187,7 +187,7 @@ def test_every_alert_has_a_paragraph_and_every_panel_a_row() -> None:
 
 def test_an_image_that_is_stuck_is_older_than_any_may_be() -> None:
     from pipeline.serving.config import ServingConfig
-    from tasks.serve import PATIENCE
+    from tasks.service.application import PATIENCE
 
     (stuck,) = (rule for rule in ALERTS if rule["alert"] == "ReplicaIsStuck")
     longest = ServingConfig().max_seconds + PATIENCE

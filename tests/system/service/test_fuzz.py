@@ -28,8 +28,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tasks.generations import NOBODY_LISTENS
-from tasks.replies import BODY_SECONDS
+from tasks.service.generations import NOBODY_LISTENS
+from tasks.service.refusals import BODY_SECONDS
 from tests.conftest import HANG, wait_for
 from tests.service import Service
 from tests.unit.test_requests import SAME

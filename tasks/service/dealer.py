@@ -17,9 +17,9 @@ from pipeline.serving.api import GenerationRequest, rows_of, usage_of
 from pipeline.serving.config import Mode, ServingConfig
 from pipeline.serving.engine import Caller, ImageRequest
 from pipeline.serving.recipe import Recipe, encode
-from tasks.generations import EVENT_BYTES, Generation
-from tasks.metrics import IngressMetrics
-from tasks.sampler import Drawn, Order, Preview, ReplicaFailed
+from tasks.service.generations import EVENT_BYTES, Generation
+from tasks.service.metrics import IngressMetrics
+from tasks.service.sampler import Drawn, Order, Preview, ReplicaFailed
 
 ATTEMPTS = 10
 """Replicas that may die over an image before its request fails: so many that it is the image's

@@ -30,13 +30,13 @@ from pipeline.serving.contract import (
     ReadyReply,
 )
 from pipeline.storage import sha256
-from tasks.admission import check_room
-from tasks.dealer import Dealer, Job, Served
-from tasks.generations import Asked, Generation, Generations
-from tasks.metrics import IngressMetrics
-from tasks.openapi import GENERATION, LISTENING, Api, answers
-from tasks.page import Look, page
-from tasks.replies import (
+from tasks.service.admission import check_room
+from tasks.service.dealer import Dealer, Job, Served
+from tasks.service.generations import Asked, Generation, Generations
+from tasks.service.metrics import IngressMetrics
+from tasks.service.openapi import GENERATION, LISTENING, Api, answers
+from tasks.service.page import Look, page
+from tasks.service.refusals import (
     Unknown,
     cause,
     no_such,

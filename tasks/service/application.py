@@ -1,8 +1,8 @@
-"""Serve: a registered model as a Ray Serve application.
+"""A registered model as a Ray Serve application: made, and run on the connected Ray.
 
-An ingress (tasks/ingress.py) validates a request and deals its n images to the sampler replicas
-(tasks/sampler.py); since an image is its recipe, neither the number of replicas nor who draws what
-shows in the pixels.
+An ingress (ingress.py) validates a request and deals its n images to the sampler replicas
+(sampler.py); since an image is its recipe, neither the number of replicas nor who draws what shows
+in the pixels.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from pipeline.errors import ClusterError
 from pipeline.registry.versions import ModelReference
 from pipeline.serving.config import ServingConfig
 from tasks import cluster
-from tasks.autoscaling import by_work
-from tasks.ingress import Ingress
-from tasks.sampler import Sampler
+from tasks.service.autoscaling import by_work
+from tasks.service.ingress import Ingress
+from tasks.service.sampler import Sampler
 
 APPLICATION = "ddpm"
 """Of Ray Serve, as `ddpm serve` deploys it; a Serve config calls its own otherwise."""
@@ -31,14 +31,14 @@ PATIENCE = 10.0
 """Seconds that a replica is given beyond the longest request, to end what it has in hand."""
 
 
-def application(
+def make_application(
     model: ModelReference,
     called: str,
     config: ServingConfig,
     keys: dict[str, str],
     where: Mapping[str, Any] = ON_HEAD,
 ) -> serve.Application:
-    """The application: an ingress over samplers.
+    """An ingress over samplers.
 
     Args:
         called: how the user named the model; a request may name it so too.
@@ -102,7 +102,7 @@ def running(
         cluster.check_port_is_free(host, port)
         try:
             serve.start(http_options=HTTPOptions(host=host, port=port))
-            app = application(model, called, config, keys, here)
+            app = make_application(model, called, config, keys, here)
             serve.run(app, name=APPLICATION, route_prefix="/")
         except BaseException:  # Ctrl-C among them
             _delete()

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable
 
 from pipeline.serving.config import ServingConfig
-from tasks.generations import Asked, Generation, Generations
-from tasks.replies import TooMuch
+from tasks.service.generations import Asked, Generation, Generations
+from tasks.service.refusals import TooMuch
 
 LONGEST_RETRY = 60
 """Seconds that a client is told to wait, at most."""

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from pipeline.errors import ModelNotFound, PipelineError, RequestError, StorageError, shown
 from pipeline.serving.api import error_body
-from tasks.generations import Generation
+from tasks.service.generations import Generation
 
 MAX_BODY_BYTES = 64 * 1024
 BODY_SECONDS = 10.0

@@ -27,10 +27,10 @@ from pipeline.serving.config import Mode, ServingConfig
 from pipeline.serving.engine import Caller, Frame, ImageRequest
 from pipeline.serving.engine_thread import EngineThread, StepFailed
 from pipeline.serving.recipe import fingerprint
-from tasks.autoscaling import SECONDS_OF_WORK
 from tasks.cluster import worker_device
-from tasks.loaded import Loaded, LoadedModels
-from tasks.metrics import SamplerMetrics
+from tasks.service.autoscaling import SECONDS_OF_WORK
+from tasks.service.loaded_models import Loaded, LoadedModels
+from tasks.service.metrics import SamplerMetrics
 
 MOST_IN_HAND = 1024
 """Images of a replica: enough never to be the limit, which the ingress sets, in rows."""

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 from pipeline.serving.api import GenerationRequest, error_body
 from pipeline.serving.contract import ErrorReply
-from tasks.generations import MOST_KEY
+from tasks.service.generations import MOST_KEY
 
 Json = dict[str, Any]
 

@@ -1,7 +1,8 @@
 """What is served, as `ddpm serve` says it and as a Serve config does.
 
-A Serve config (of `serve deploy FILE`, of KubeRay's RayService) has the fields of `Service` as the
-`args` of its `import_path: tasks.deployment:application`; infra/kubernetes/base/serving has one.
+A Serve config (of `serve deploy FILE`, of KubeRay's RayService) names
+`import_path: tasks.service.deployment:application`, and has the fields of `Service` as its `args`;
+infra/kubernetes/base/serving has one.
 """
 
 import json
@@ -58,10 +59,10 @@ def application(service: Service) -> "Application":
     Raises:
         As of `prepare`; Serve shows it as the status of the application.
     """
-    from tasks import serve
+    from tasks.service.application import make_application
 
     reference, serving, keys = prepare(service)
-    return serve.application(reference, service.model, serving, keys)
+    return make_application(reference, service.model, serving, keys)
 
 
 def _as_registered(model: ModelReference) -> Mapping[str, Any]:

@@ -1,0 +1,1 @@
+"""A registered model over HTTP: an ingress and replicas under Ray Serve."""
