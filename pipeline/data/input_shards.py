@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.bucket_errors import told
 from pipeline.data.formats import loose
 from pipeline.data.formats.common import Place
 from pipeline.data.pieces import format_of, runs
 from pipeline.data.sources import Source, values_of
 from pipeline.errors import DataError
+from pipeline.storage.refusals import explain
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def read(shard: InputShard) -> Iterator[tuple[Item, bytes | np.ndarray | None]]:
         except DataError:
             raise
         except Exception as error:  # whatever the package of that scheme raises
-            reason = told(error, shard.source) or f"{error}; run the same command again"
+            reason = explain(error, shard.source) or f"{error}; run the same command again"
             raise shard.place.error(row["file"], f"cannot be read: {reason}") from error
         if not is_same:
             raise DataError(

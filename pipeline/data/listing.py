@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import storage
-from pipeline.bucket_errors import told
 from pipeline.data.formats.common import Place
 from pipeline.data.shard_list import SHARDS
 from pipeline.errors import DataError
 from pipeline.storage import MANIFEST
+from pipeline.storage.filesystem import filesystem_of
+from pipeline.storage.refusals import explain
 
 BUILTIN = "builtin:"
 """What a source that is part of a package begins with."""
@@ -94,7 +94,7 @@ def list_files(source: str) -> tuple[Place, list[ListedFile]]:
         raise
     except Exception as error:  # whatever the package of that scheme raises
         one_line = " ".join(str(error).split()).rstrip(".")
-        reason = told(error, source) or (
+        reason = explain(error, source) or (
             f"{one_line}; check that it can be reached, and your rights to it{login}"
         )
         raise DataError(f"data.source={source!r} cannot be read: {reason}") from error
@@ -128,7 +128,7 @@ def look_up(place: Place, names: Iterable[str]) -> list[ListedFile]:
 
 def _opened(source: str) -> tuple[Any, str]:
     try:
-        return url_to_fs(source)  # type: ignore[no-any-return]
+        return filesystem_of(source)
     except Exception as error:  # of a scheme that is not known, or whose package is missing
         raise DataError(f"data.source={source!r} cannot be read: {error}") from error
 

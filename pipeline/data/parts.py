@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
 from pipeline import storage
 from pipeline.data import shard_list
@@ -26,6 +25,7 @@ from pipeline.data.shards import NO_IMAGES, ImageSet, corrupt, images_of, labels
 from pipeline.errors import CorruptArtifact, DataError, StorageError
 from pipeline.seeding import key, permutation
 from pipeline.storage import FileEntry
+from pipeline.storage.filesystem import filesystem_of
 
 COLUMNS = ["image", "label"]
 FOOTERS_KEPT = 1024
@@ -284,5 +284,5 @@ def _open(uri: str) -> Any:
     path = storage.local_path(uri)
     if path is not None:
         return pa.OSFile(str(path))
-    fs, name = url_to_fs(uri)
+    fs, name = filesystem_of(uri)
     return fs.open(name, "rb", cache_type="none")  # a row group is one request, exactly of its size

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.bucket_errors import told
 from pipeline.data.config import DataConfig
 from pipeline.data.formats import loose
 from pipeline.data.formats.common import Place
@@ -26,6 +25,7 @@ from pipeline.data.shards import split_of
 from pipeline.data.sources import list_pieces, with_labels
 from pipeline.errors import DataError
 from pipeline.seeding import key, permutation
+from pipeline.storage.refusals import explain
 
 MOST_IN_ARCHIVES = 100_000
 """Images after which no further archive is looked into."""
@@ -211,7 +211,7 @@ def _look_into(
         except DataError as error:  # it may be about this image alone: on with the next one
             found.append(BadImage(str(error)))
         except Exception as error:  # whatever the package of that scheme raises
-            reason = told(error, source) or f"{error}; run the same command again"
+            reason = explain(error, source) or f"{error}; run the same command again"
             raise place.error(file, f"cannot be read: {reason}") from error
     usable = iter(found)
     yield from (BadImage(row["bad"]) if row["bad"] else next(usable) for row in rows)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import lease, storage
+from pipeline import storage
 from pipeline.config import load_config
 from pipeline.data import shard_list
 from pipeline.data.batches import Batches, prefetch
@@ -29,6 +29,7 @@ from pipeline.data.preprocess import preprocess_shard
 from pipeline.data.sources import scan
 from pipeline.data.windows import WindowedShuffle
 from pipeline.errors import DataError, StorageError
+from pipeline.storage import lease
 from tests import needs, shard_sets
 from tests.conftest import ENVIRONMENT, ROOT, TINY, Workplace, tiny_command
 

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT
 
 LEVELS = [
-    {"errors", "seeding", "device", "bucket_errors", "lease", "storage"},
+    {"errors", "seeding", "device", "storage"},
     {"diffusion", "networks", "data"},
     {"samplers", "training"},
     {"evaluation", "registry", "exchange", "serving", "pictures"},
@@ -18,9 +18,6 @@ LEVELS = [
 ]
 WITHIN_A_LEVEL = {
     ("storage", "errors"),
-    ("storage", "lease"),
-    ("storage", "bucket_errors"),
-    ("lease", "bucket_errors"),
     ("registry", "serving"),  # the pyfunc flavour draws with the engine
 }
 CORE = {"diffusion", "networks", "samplers"}

@@ -10,6 +10,7 @@ import pytest
 from pipeline import storage
 from pipeline.errors import StorageError
 from pipeline.storage import Manifest
+from pipeline.storage.refusals import explained
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -87,6 +88,30 @@ def test_each_place_has_its_own_remedy(tmp_path: Path, monkeypatch: pytest.Monke
         StorageError, match="it is read-only; choose .* --set storage=URI, or check"
     ):
         storage.write_bytes(str(tmp_path / "x"), b"")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.EACCES, "no"), "cannot write to x: permission denied; move, or check your"),
+        (PermissionError("as s3fs raises it"), "cannot write to x: permission denied; move, or"),
+        (FileNotFoundError("as s3fs raises it"), "cannot write to x: no such folder, and none can"),
+        (OSError(errno.EIO, "Input/output error"), "cannot write to x: Input/output error$"),
+        (
+            RuntimeError("whatever a package raises"),
+            "cannot write to x: whatever a package raises$",
+        ),
+    ],
+    ids=["number", "class", "missing", "other-number", "other"],
+)
+def test_an_error_of_a_file_system_is_one_sentence(error: Exception, sentence: str) -> None:
+    with pytest.raises(StorageError, match=sentence), explained("write to", "x", "move"):
+        raise error
+
+
+def test_a_missing_file_is_for_the_reader_to_explain() -> None:
+    with pytest.raises(FileNotFoundError), explained("read", "x"):
+        raise FileNotFoundError
 
 
 def test_a_file_is_hashed_without_being_held(root: str) -> None:

@@ -13,11 +13,11 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 import numpy as np
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import storage
 from pipeline.errors import DataError
+from pipeline.storage.filesystem import filesystem_of
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_IMAGE_BYTES = 2**30
@@ -139,7 +139,7 @@ def why_unreadable(error: OSError) -> str:
 
 @functools.lru_cache(maxsize=16)  # taking a URI apart costs as much as reading a small file
 def _open(uri: str) -> tuple[Any, str]:
-    fs, root = url_to_fs(uri)
+    fs, root = filesystem_of(uri)
     return fs, root.rstrip("/")
 
 

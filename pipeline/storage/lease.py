@@ -6,7 +6,7 @@ writing; who has seen the same object for LEASE_SECONDS by its own clock takes i
 clocks are compared. A dead process of the same machine is not waited for.
 
 A holder that was stopped for longer than that goes on beside its heir, whose work is then done
-twice; see pipeline/storage.py for why both write the same. Servers that do not know conditions
+twice; see lock.py for why both write the same. Servers that do not know conditions
 (MinIO before 2025) lock nothing.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.bucket_errors import code_of
+from pipeline.storage.refusals import code_of
 
 RENEW_SECONDS = 5.0
 LEASE_SECONDS = 30.0
