@@ -48,6 +48,7 @@ def test_what_new_prints_runs_as_it_stands(place: Workplace) -> None:
     assert (config.name, config.data.channels, config.data.holdout) == ("photos", 3, 0.0)
     few = ["training.steps=20", "training.warmup_steps=2", "training.log_every=5"]
     few += ["training.checkpoint_every=10", "evaluation.samples=20"]
+    few += ["evaluation.classifier_epochs=2", "sampling.steps=4"]
     sets = [word for value in few for word in ("--set", value)]
     output = place.ddpm("run", "my.yaml", *sets)
     assert "serve    " in output

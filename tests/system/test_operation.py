@@ -27,7 +27,7 @@ from tests.browser import OpenPage, chromium
 from tests.conftest import HANG, ROOT, Workplace, wait_for
 from tests.service import Service, assert_drawn_as_alone, served
 
-MAX_SECONDS = round(12 * HANG / 300)
+MAX_SECONDS = round(6 * HANG / 300)
 """Of a request: longer on a machine that is slower."""
 REQUEST = {"seed": 11, "num_inference_steps": 4, "class_label": 3, "guidance_scale": 1.0}
 LONG = {"n": 48, "seed": 1, "num_inference_steps": 1000, "sampler": "heun"}

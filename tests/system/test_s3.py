@@ -247,7 +247,8 @@ def test_a_server_that_goes_away_and_keys_that_expire_end_a_stage_and_nothing_is
         ("", "done in"),
     ]:
         proxy = Unreliable(s3, after_two_records(wrong))
-        output = place.ddpm(*command, code=2 if wrong else 0, **s3.environment(proxy.endpoint))
+        environment = s3.environment(proxy.endpoint) | {"AWS_MAX_ATTEMPTS": "1"}
+        output = place.ddpm(*command, code=2 if wrong else 0, **environment)
         proxy.close()
         assert sentence in (output.splitlines()[-1] if wrong else output)
         assert "Traceback" not in output

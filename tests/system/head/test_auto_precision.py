@@ -25,7 +25,7 @@ def test_a_run_that_goes_on_keeps_what_it_began_with_and_says_so(
         state = json.loads(path.read_text())
         path.write_text(json.dumps({**state, "precision": "bfloat16"}))
     place = Workplace(tmp_path, head.joined)
-    output = place.ddpm(*tiny_command("train"))
+    output = place.ddpm(*tiny_command("train", "cluster.workers=1"))
     made = place.manifest("train")
     assert (made["id"], made["stats"]["precision"]) == (began["id"], "bfloat16")
     assert "training.precision=auto is bfloat16, in which it began" in output

@@ -334,16 +334,16 @@ def wait_for_checkpoint(place: Workplace) -> None:
     wait_for(lambda: final_step(place) > step, f"a checkpoint after step {step}")
 
 
-def test_a_training_that_is_disturbed_in_every_way_ends_as_if_it_had_not_been(
+def test_a_training_whose_controller_and_command_are_killed_ends_as_if_it_had_not_been(
     tiny: Workplace, head: Head, tmp_path: Path
 ) -> None:
-    """A worker is killed, the controller, then the command, on a Ray of its own.
-
-    At certain steps the training is held until the disturbance has come, see tests/faults.
+    """The controller is killed, then the command, on a Ray of its own; of the workers one is
+    lost in tests/system/test_nodes.py. At certain steps the training is held until the disturbance
+    has come, see tests/faults.
     """
     place, hold = place_with_shards(tiny, tmp_path / "place"), tmp_path / "hold"
     hold.mkdir()
-    for step in (20, 25, 45):
+    for step in (25, 45):
         (hold / f"{step}").touch()
 
     def held_at(step: int) -> None:
@@ -353,11 +353,8 @@ def test_a_training_that_is_disturbed_in_every_way_ends_as_if_it_had_not_been(
             said.unlink()
 
     process = place.start(*tiny_command("train"), **FAULTS, DDPM_HOLD=str(hold))
-    held_at(20)
-    wait_for(lambda: final_step(place) == 20, "the first checkpoint", process)
-    ray_workers(process.pid, "RayTrainWorker")[1].kill()
-    (hold / "20").unlink()
     held_at(25)
+    wait_for(lambda: final_step(place) == 20, "the first checkpoint", process)
     (controller,) = ray_workers(process.pid, "TrainController")
     controller.kill()
     held_at(25)
@@ -391,7 +388,8 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_no_retry(
     tiny: Workplace, head: Head, tmp_path: Path
 ) -> None:
     place = place_with_shards(tiny, tmp_path, head.joined)
-    output = place.run_tiny("training.lr=1e30", "training.warmup_steps=0", verb="train", code=1)
+    sets = ("training.lr=1e30", "training.warmup_steps=0", "cluster.workers=1")
+    output = place.run_tiny(*sets, verb="train", code=1)
     said = output.splitlines()[-1]
     assert said.startswith("error: the training loss or its gradient is not finite at step")
     (listed,) = place.folder.glob("runs/train/*/diverged-*.json")
@@ -402,7 +400,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence_and_no_retry(
     assert final_step(place) == 0, "nothing of it is saved"
 
 
-def make_photos(folder: Path, count: int = 24, copies: int = 5) -> None:
+def make_photos(folder: Path, count: int = 16, copies: int = 4) -> None:
     """Noise photographs large enough that decoding them takes seconds, in two classes."""
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -452,8 +450,8 @@ def test_a_folder_of_images_with_bad_ones_and_killed_tasks(head: Head, tmp_path:
     assert "light/empty.png: the file is empty)" in output
     stats = quiet.manifest("preprocess")["stats"]
     assert stats["class_names"] == ["dark", "light"]
-    assert stats["class_counts"] == [60, 60]
-    assert sum(stats["num_images"].values()) == 120
+    assert stats["class_counts"] == [32, 32]
+    assert sum(stats["num_images"].values()) == 64
     reasons = {bad["key"]: bad["reason"] for bad in stats["bad"]}
     assert reasons["light/empty.png"] == "the file is empty"
     assert reasons["dark/broken.png"].startswith("it is not a PNG")
@@ -483,7 +481,7 @@ def test_a_folder_of_images_with_bad_ones_and_killed_tasks(head: Head, tmp_path:
     assert sheet.shape == (10 * 68 + 4, 2 * 68 + 4, 3)
     assert sheet[20, 20].mean() < 128 < sheet[20, 88].mean(), "dark left, light right"
 
-    Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(photos / "light" / "012-new.png")
+    Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(photos / "light" / "008-new.png")
     damaged = next(folder.glob("train/*.parquet"))
     damaged.chmod(0o600)  # in place: the parts of a ShardSet may have a second name in a later one
     damaged.write_bytes(b"damaged" + damaged.read_bytes()[7:])
@@ -492,9 +490,9 @@ def test_a_folder_of_images_with_bad_ones_and_killed_tasks(head: Head, tmp_path:
     assert newest != folder
     inodes = [{p.stat().st_ino for p in s.rglob("*.parquet")} for s in (folder, newest)]
     assert 0 < len(inodes[1] - inodes[0]) <= 10
-    assert len(inodes[1] & inodes[0]) > 30
+    assert len(inodes[1] & inodes[0]) > 20
     assert damaged.stat().st_ino not in inodes[1]
-    assert sum(json.loads((newest / "manifest.json").read_text())["stats"]["class_counts"]) == 121
+    assert sum(json.loads((newest / "manifest.json").read_text())["stats"]["class_counts"]) == 65
 
 
 def test_archives_are_looked_into_by_tasks_of_which_one_is_killed_and_one_finds_damage(
