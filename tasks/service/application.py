@@ -1,8 +1,7 @@
 """A registered model as a Ray Serve application: made, and run on the connected Ray.
 
-An ingress (ingress.py) validates a request and deals its n images to the sampler replicas
-(sampler.py); since an image is its recipe, neither the number of replicas nor who draws what shows
-in the pixels.
+An ingress (ingress.py) validates a request and deals its n images to the replicas (replica.py);
+since an image is its recipe, neither the number of replicas nor who draws what shows in the pixels.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from pipeline.serving.config import ServingConfig
 from tasks import cluster
 from tasks.service.autoscaling import by_work
 from tasks.service.ingress import Ingress
-from tasks.service.sampler import Sampler
+from tasks.service.replica import Replica
 
 APPLICATION = "ddpm"
 """Of Ray Serve, as `ddpm serve` deploys it; a Serve config calls its own otherwise."""
@@ -38,7 +37,7 @@ def make_application(
     keys: dict[str, str],
     where: Mapping[str, Any] = ON_HEAD,
 ) -> serve.Application:
-    """An ingress over samplers.
+    """An ingress before replicas.
 
     Args:
         called: how the user named the model; a request may name it so too.
@@ -47,7 +46,7 @@ def make_application(
             no other node that is lost takes them with it.
     """
     # the decorators make deployments of the classes, which mypy does not see
-    sampler: Any = Sampler
+    replica: Any = Replica
     ingress: Any = Ingress
     if isinstance(config.replicas, int):
         number: dict[str, Any] = {"num_replicas": config.replicas}
@@ -66,7 +65,7 @@ def make_application(
         }
     patience = {"graceful_shutdown_timeout_s": config.max_seconds + PATIENCE}
     options = {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica}
-    replicas = sampler.options(**number, **patience, ray_actor_options=options)
+    replicas = replica.options(**number, **patience, ray_actor_options=options)
     there = {**ingress.ray_actor_options, **where}
     return ingress.options(**patience, ray_actor_options=there).bind(
         replicas.bind(model, config), model, called, config, keys

@@ -18,8 +18,8 @@ from pipeline.serving.config import Mode, ServingConfig
 from pipeline.serving.engine import Caller, ImageRequest
 from pipeline.serving.recipe import Recipe, encode
 from tasks.service.generations import EVENT_BYTES, Generation
+from tasks.service.messages import Drawn, Order, Preview, ReplicaFailed
 from tasks.service.metrics import IngressMetrics
-from tasks.service.sampler import Drawn, Order, Preview, ReplicaFailed
 
 ATTEMPTS = 10
 """Replicas that may die over an image before its request fails: so many that it is the image's
@@ -70,7 +70,7 @@ class Job:
 
 class Dealer:
     """Args:
-    replicas: the handle of the deployment of samplers.
+    replicas: the handle of the deployment of replicas.
     """
 
     def __init__(self, replicas: Any, config: ServingConfig, metrics: IngressMetrics) -> None:

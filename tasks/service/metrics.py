@@ -20,7 +20,7 @@ OUTCOMES = ("completed", "failed", "cancelled", "late", "rejected", "invalid")
 (429), `invalid` could not be understood (4xx)."""
 
 
-class SamplerMetrics:
+class ReplicaMetrics:
     """Of one replica. The thread that draws only notes its steps; `publish` tells of them."""
 
     def __init__(self) -> None:

@@ -413,9 +413,9 @@ async def choose_often(num_replicas: int, choices: int) -> tuple[float, float]:
     )
     from ray.serve.request_router import PendingRequest
 
-    from tasks.service.sampler import LeastRows
+    from tasks.service.router import LeastRows
 
-    deployment = DeploymentID(name="Sampler")
+    deployment = DeploymentID(name="Replica")
     router = LeastRows(deployment, DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True)
     router.initialize_state()
     ids = [ReplicaID(unique_id=f"{i:08x}", deployment_id=deployment) for i in range(num_replicas)]

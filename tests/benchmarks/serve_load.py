@@ -330,7 +330,7 @@ def counts(mode: str) -> dict[str, tuple[float, int, int]]:
 
     from tasks.service.application import APPLICATION
 
-    handle = serve.get_deployment_handle("Sampler", APPLICATION)
+    handle = serve.get_deployment_handle("Replica", APPLICATION)
     found = {}
     for state in handle.broadcast("state").results():
         engines = [of for of in state["engines"] if of["mode"] == mode]
@@ -353,7 +353,7 @@ def role(process: psutil.Process) -> str:
     if process.pid == os.getpid():
         return "this client"
     title = " ".join(process.cmdline())
-    known = {":Sampler": "replicas", ":Ingress": "ingress", "Proxy": "HTTP proxy"}
+    known = {":Replica": "replicas", ":Ingress": "ingress", "Proxy": "HTTP proxy"}
     return next((name for part, name in known.items() if part in title), "Ray")
 
 

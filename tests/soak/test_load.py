@@ -142,7 +142,7 @@ class Load:
         """One replica at a time, seldom all; another takes ten seconds to be there."""
         rng = random.Random(f"{SEED} kills")
         while await self.pause(rng.uniform(4, 26)):
-            replicas = samplers(self.service.pid)
+            replicas = replica_processes(self.service.pid)
             for replica in replicas if rng.random() < 0.15 else rng.sample(replicas, 1):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     replica.kill()
@@ -150,7 +150,7 @@ class Load:
 
     async def watch(self, memory: dict[str, list[tuple[float, int]]]) -> None:
         while True:
-            for role in ("Sampler", "Ingress", "Proxy"):
+            for role in ("ddpm:Replica", "ddpm:Ingress", "Proxy"):
                 for process in ray_workers(self.service.pid, role):
                     with contextlib.suppress(psutil.Error):
                         one = (time.monotonic(), process.memory_info().rss)
@@ -330,8 +330,8 @@ def completed(text: str, first: int) -> list[dict[str, Any]]:
     return sorted(images, key=lambda image: int(image["index"]))
 
 
-def samplers(pid: int) -> list[psutil.Process]:
-    return ray_workers(pid, "ServeReplica:ddpm:Sampler")
+def replica_processes(pid: int) -> list[psutil.Process]:
+    return ray_workers(pid, "ddpm:Replica")
 
 
 def assert_as_in_peace(pictures: dict[tuple[int, int], tuple[dict[str, Any], set[str]]]) -> None:
@@ -352,7 +352,7 @@ def assert_flat(memory: dict[str, list[tuple[float, int]]]) -> None:
     """No role's process is larger in the second half than any was in the first, but a little."""
     times = [when for of in memory.values() for when, _ in of]
     middle = (min(times) + max(times)) / 2
-    for role in ("Sampler", "Ingress", "Proxy"):
+    for role in ("ddpm:Replica", "ddpm:Ingress", "Proxy"):
         seen = [one for name, of in memory.items() if name.startswith(role) for one in of]
         first = max(size for when, size in seen if when < middle) / 1e6
         second = max(size for when, size in seen if when >= middle) / 1e6

@@ -26,7 +26,7 @@ from tests.system.head.test_pipeline import (
     place_with_shards,
     wait_for_checkpoint,
 )
-from tests.system.test_nodes import PORT, SAMPLER, cluster, needs_machines  # noqa: F401
+from tests.system.test_nodes import PORT, REPLICA, cluster, needs_machines  # noqa: F401
 
 
 def test_elastic_workers_follow_the_nodes_that_come_and_are_lost(
@@ -147,7 +147,7 @@ def test_a_node_lost_while_it_draws_takes_no_image_with_it(
         replies: list[tuple[int, Any]] = []
         thread = threading.Thread(target=lambda: replies.append(service.post(body)))
         thread.start()
-        (node, *_) = [node for node in cluster.nodes.values() if node.processes(SAMPLER)]
+        (node, *_) = [node for node in cluster.nodes.values() if node.processes(REPLICA)]
         wait_for(lambda: service.get("/v1/engine")["requests"], "the request")
         node.lose(silently=True)
         thread.join()

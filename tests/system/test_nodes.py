@@ -31,7 +31,7 @@ from tests.conftest import HANG
 RUNS = "s3://bucket/runs"
 PART = re.compile(r"^PUT .*/preprocess/.*\.parquet")
 PORT = 8000
-RANK, SAMPLER = "RayTrainWorker", "Sampler"
+RANK, REPLICA = "RayTrainWorker", "ddpm:Replica"
 """In the titles of Ray's processes."""
 
 needs_machines = needs.MACHINES.met_if(not why_not())

@@ -12,10 +12,10 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Repl
 from ray.serve._private.common import RequestMetadata as Metadata
 from ray.serve.request_router import PendingRequest
 
-from tasks.service import sampler
-from tasks.service.sampler import LeastRows
+from tasks.service import router
+from tasks.service.router import LeastRows
 
-DEPLOYMENT = DeploymentID(name="Sampler")
+DEPLOYMENT = DeploymentID(name="Replica")
 
 
 class Routed:
@@ -86,8 +86,8 @@ def test_an_image_that_never_arrives_is_forgotten(monkeypatch: pytest.MonkeyPatc
         assert ranked == [1, 0]
         it.arrive(pending, 1)
         assert (await it.choose("late", 1))[1] == [0, 1]
-        now = time.monotonic() + sampler.LONGEST_WAY + 1
-        monkeypatch.setattr(sampler.time, "monotonic", lambda: now)
+        now = time.monotonic() + router.LONGEST_WAY + 1
+        monkeypatch.setattr(router.time, "monotonic", lambda: now)
         assert (await it.choose("next", 1))[1] == [0, 1]
         assert it.router._rows == {
             it.replicas[0].replica_id: 1,

@@ -111,7 +111,7 @@ def test_a_replica_that_dies_over_a_request_costs_no_image(service: Service) -> 
     thread = threading.Thread(target=lambda: replies.append(service.post({"n": 24, **request})))
     thread.start()
     wait_for(lambda: service.get("/v1/engine")["requests"], "the request to be taken")
-    ray_workers(service.pid, "ServeReplica:ddpm:Sampler")[0].kill()
+    ray_workers(service.pid, "ServeReplica:ddpm:Replica")[0].kill()
     thread.join()
     ((status, reply),) = replies
     assert status == 200, reply
@@ -123,7 +123,7 @@ def test_a_replica_whose_network_fails_costs_no_image_and_is_replaced(
 ) -> None:
     wait_for(lambda: len(service.get("/v1/engine")["replicas"]) == 2, "both replicas")
     quiet = [image["b64_json"] for image in service.images(n=8, **REQUEST)]
-    broken, *_ = ray_workers(service.pid, "ServeReplica:ddpm:Sampler")
+    broken, *_ = ray_workers(service.pid, "ServeReplica:ddpm:Replica")
     failing.write_text(str(broken.pid))
 
     def replaced() -> bool:

@@ -1,41 +1,37 @@
-"""A sampler: one replica of a service, with a few models in memory and a thread that draws.
+"""A replica of a service: a few models in memory, and a thread that draws.
 
-Images go to the replica with the least to do, counted in rows of the network that it has been given
-and has not finished. A replica holds as many images as it is given: its engine sees to whose turn
-it is (pipeline/serving/turns.py).
+It holds as many images as it is given: its engine sees to whose turn it is
+(pipeline/serving/turns.py).
 """
 
 import asyncio
 import contextlib
 import time
-from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from ray import serve
 from ray.serve.config import RequestRouterConfig
-from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter
 
 from pipeline.data.images import to_uint8
 from pipeline.loading import load_model
 from pipeline.registry.versions import ModelReference
 from pipeline.samplers.model import make_plan
-from pipeline.serving.config import Mode, ServingConfig
-from pipeline.serving.engine import Caller, Frame, ImageRequest
+from pipeline.serving.config import ServingConfig
+from pipeline.serving.engine import Frame
 from pipeline.serving.engine_thread import EngineThread, StepFailed
 from pipeline.serving.recipe import fingerprint
 from tasks.cluster import worker_device
 from tasks.service.autoscaling import SECONDS_OF_WORK
 from tasks.service.loaded_models import Loaded, LoadedModels
-from tasks.service.metrics import SamplerMetrics
+from tasks.service.messages import Drawn, Order, Preview, ReplicaFailed
+from tasks.service.metrics import ReplicaMetrics
+from tasks.service.router import LeastRows
 
 MOST_IN_HAND = 1024
 """Images of a replica: enough never to be the limit, which the ingress sets, in rows."""
-LONGEST_WAY = 10.0
-"""Seconds that an image may be on its way to a replica."""
 LONGEST_LOOK = 1.0
 """Seconds that the thread of the engines is waited for, to say what it is at."""
 MOST_SHOWN = 64
@@ -46,121 +42,13 @@ MOST_FAILURES = 3
 """Network calls that may fail one after another before their replica is replaced."""
 
 
-@dataclass(frozen=True)
-class Order:
-    """An image that the ingress wants."""
-
-    image: ImageRequest
-    model: ModelReference
-    mode: Mode
-    caller: Caller
-    rows: int
-    """Of network calls that it takes, about."""
-    frames: int = 0
-    avoid: frozenset[str] = frozenset()
-    """Replicas that have failed to draw it."""
-
-
-class ReplicaFailed(Exception):
-    """A replica could not load the model of an image, or failed to draw it; another may not."""
-
-    def __init__(self, replica: str, why: Exception) -> None:
-        super().__init__(replica, why)
-        self.replica = replica
-        self.why = why
-
-
-class Preview(NamedTuple):
-    """An image on its way, (H, W, C) uint8."""
-
-    evaluation: int
-    evaluations: int
-    x_t: np.ndarray
-    x_0: np.ndarray
-
-
-class Drawn(NamedTuple):
-    """An image, (H, W, C) uint8, and the replica that drew it."""
-
-    pixels: np.ndarray
-    replica: str
-
-
-class _Given(NamedTuple):
-    """An image that a replica has, or is meant to get."""
-
-    replica: ReplicaID
-    rows: int
-
-
-class LeastRows(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray is untyped
-    """To the replica with the fewest rows that it was given and has not finished, first among those
-    that have not failed to draw the image.
-
-    An image counts from the moment that it is meant for a replica: many are, before the first of
-    them is heard to have arrived. What a choice takes grows with the replicas, not with the images.
-    """
-
-    def initialize_state(self, **_: Any) -> None:
-        self._given: dict[str, _Given] = {}
-        self._rows: Counter[ReplicaID] = Counter()
-        self._under_way: OrderedDict[str, float] = OrderedDict()
-        """Since when, the first first."""
-
-    async def choose_replicas(
-        self, candidate_replicas: list[Any], pending_request: PendingRequest | None = None
-    ) -> list[list[Any]]:
-        self._forget_the_lost()
-        order = pending_request.args[0] if pending_request and pending_request.args else None
-        avoid = getattr(order, "avoid", ())
-
-        def rank(replica: Any) -> tuple[bool, int]:
-            return replica.replica_id.unique_id in avoid, self._rows.get(replica.replica_id, 0)
-
-        ranked = sorted(candidate_replicas, key=rank)
-        if ranked and pending_request is not None:
-            self._give(pending_request, ranked[0].replica_id)
-            if (id := pending_request.metadata.internal_request_id) in self._given:
-                self._under_way[id] = time.monotonic()
-        return [[replica] for replica in ranked]
-
-    def on_request_routed(
-        self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
-    ) -> None:
-        self._give(pending_request, replica_id)
-
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self._take(internal_request_id)
-
-    def _give(self, request: PendingRequest, replica: ReplicaID) -> None:
-        # not by its class: Ray Serve pickles this one by value, and `Order` of here is another
-        rows = getattr(request.args[0], "rows", 0) if request.args else 0
-        self._take(request.metadata.internal_request_id)
-        if rows:
-            self._given[request.metadata.internal_request_id] = _Given(replica, rows)
-            self._rows[replica] += rows
-
-    def _take(self, id: str) -> None:
-        self._under_way.pop(id, None)
-        if (given := self._given.pop(id, None)) is not None:
-            self._rows[given.replica] -= given.rows
-            if not self._rows[given.replica]:
-                del self._rows[given.replica]
-
-    def _forget_the_lost(self) -> None:
-        """An image that was called off on its way is never heard of again."""
-        long_ago = time.monotonic() - LONGEST_WAY
-        while self._under_way and self._under_way[id := next(iter(self._under_way))] < long_ago:
-            self._take(id)
-
-
 @serve.deployment(
     max_ongoing_requests=MOST_IN_HAND,
     health_check_period_s=5,
     request_router_config=RequestRouterConfig(request_router_class=LeastRows),
 )
-class Sampler:
-    """A replica.
+class Replica:
+    """Draws images of the models that it has in memory, for the ingress.
 
     Args:
         model: loaded and warm before the replica counts as ready.
@@ -170,7 +58,7 @@ class Sampler:
         self.config = config
         self.device = worker_device()
         self.replica = serve.get_replica_context().replica_id.unique_id
-        self.metrics = SamplerMetrics()
+        self.metrics = ReplicaMetrics()
         self.thread = EngineThread(self.metrics.note_step)
         self._planner = ThreadPoolExecutor(1, "planner")
         self._came: dict[object, float] = {}
