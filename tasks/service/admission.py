@@ -3,14 +3,22 @@
 import math
 from collections.abc import Iterable
 
+from pipeline.errors import PipelineError
 from pipeline.serving.config import ServingConfig
 from tasks.service.generations import Asked, Generation, Generations
-from tasks.service.refusals import TooMuch
 
 LONGEST_RETRY = 60
 """Seconds that a client is told to wait, at most."""
 MOST_BYTES = 2**30
 """Of the pictures of requests that are running or being read; of one client, half of it."""
+
+
+class TooMuch(PipelineError):
+    """More than the service takes at a time; `seconds` is when to try again."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
 
 
 def check_room(

@@ -11,8 +11,6 @@ from typing import Any
 from ray.exceptions import ObjectLostError, RayActorError
 
 from pipeline.data.images import png
-from pipeline.registry.versions import ModelReference
-from pipeline.samplers.model import ModelSpec
 from pipeline.serving.api import GenerationRequest, rows_of, usage_of
 from pipeline.serving.config import Mode, ServingConfig
 from pipeline.serving.engine import Caller, ImageRequest
@@ -20,6 +18,7 @@ from pipeline.serving.recipe import Recipe, encode
 from tasks.service.generations import EVENT_BYTES, Generation
 from tasks.service.messages import Drawn, Order, Preview, ReplicaFailed
 from tasks.service.metrics import IngressMetrics
+from tasks.service.served_models import Served
 
 ATTEMPTS = 10
 """Replicas that may die over an image before its request fails: so many that it is the image's
@@ -27,22 +26,6 @@ doing. Three die under a long image now and then, if replicas are killed every t
 
 LOST = (RayActorError, ObjectLostError)
 """What Ray raises for a replica that died, and for pictures that were on the node it died with."""
-
-
-class Served:
-    """A version that can be drawn from, as the replicas describe it."""
-
-    def __init__(self, reference: ModelReference, facts: dict[str, Any]) -> None:
-        self.reference = reference
-        self.spec = ModelSpec.model_validate(facts["spec"])
-        self.digest: str = facts["digest"]
-        self.made_with: dict[str, str] = facts["made_with"]
-        self.rows_per_second: dict[Mode, float] = facts["rows_per_second"]
-        """Of one replica."""
-
-    @property
-    def size(self) -> str:
-        return f"{self.spec.image_size}x{self.spec.image_size}"
 
 
 @dataclass(frozen=True)

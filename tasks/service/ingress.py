@@ -1,12 +1,8 @@
 """The ingress of a service: requests in over HTTP, images out."""
 
 import asyncio
-import contextlib
-import logging
 import secrets
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import Context
 from typing import Any, get_args
 
 from fastapi import Request
@@ -15,8 +11,8 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from pipeline.errors import ModelNotFound, PipelineError
-from pipeline.registry.versions import ModelReference, resolve
+from pipeline.errors import PipelineError
+from pipeline.registry.versions import ModelReference
 from pipeline.samplers.config import OFFLINE, SamplerName
 from pipeline.serving.api import error_body, image_requests, parse_request
 from pipeline.serving.config import ServingConfig
@@ -31,28 +27,16 @@ from pipeline.serving.contract import (
 )
 from pipeline.storage import sha256
 from tasks.service.admission import check_room
-from tasks.service.dealer import Dealer, Job, Served
+from tasks.service.authentication import client_of
+from tasks.service.dealer import Dealer, Job
 from tasks.service.generations import Asked, Generation, Generations
 from tasks.service.metrics import IngressMetrics
 from tasks.service.openapi import GENERATION, LISTENING, Api, answers
 from tasks.service.page import Look, page
-from tasks.service.refusals import (
-    Unknown,
-    cause,
-    no_such,
-    parse_json,
-    read_body,
-    refusal,
-    server_sent,
-)
-
-LOOK_AGAIN = 2.0
-"""Seconds for which a name means the version that it meant."""
-LONGEST_LOAD = 600.0
-"""Seconds that the replicas are given to load a version that is to be served next."""
-LOOKERS = 2
-"""Threads that ask the registry: however many clients name models that are not there, the pictures
-of the others are encoded by threads of their own."""
+from tasks.service.refusals import cause, no_such, refusal
+from tasks.service.request_body import parse_json, read_body
+from tasks.service.served_models import Served, ServedModels
+from tasks.service.server_sent_events import server_sent
 
 http = Api(title="ray-ddpm")
 
@@ -68,100 +52,33 @@ class Ingress:
     """HTTP in, images out.
 
     Args:
-        sampler: the handle of the replicas.
+        replicas: the handle of the deployment of replicas.
         called: how the user named the model; that name is followed to whatever it comes to mean.
         keys: the name of each client by the sha256 of its API key; none: everybody is served.
     """
 
     def __init__(
         self,
-        sampler: Any,
+        replicas: Any,
         model: ModelReference,
         called: str,
         config: ServingConfig,
         keys: dict[str, str],
     ) -> None:
-        # MLflow's first use is seconds of work, which the first requests would feel
-        with contextlib.suppress(PipelineError):
-            resolve(called, model.tracking_uri)
-        self.sampler = sampler
-        self.model = model
-        self.called = called
+        self.replicas = replicas
+        self.served = ServedModels(replicas, model, called)
         self.config = config
         self.keys = keys
         self.created = int(time.time())
         self.metrics = IngressMetrics()
         self.generations = Generations(self.metrics.note_rows)
-        self.dealer = Dealer(sampler, config, self.metrics)
-        self.look = Look(sampler)
-        self._served: dict[str, Served] = {}
-        self._meanings: dict[str, tuple[float, ModelReference]] = {}
-        self._lookers = ThreadPoolExecutor(LOOKERS, "registry")
-        self._follower: asyncio.Task[None] | None = None
-
-    # --- models -----------------------------------------------------------------------------------
-
-    async def _find(self, name: str | None) -> Served:
-        """The version that a request means.
-
-        Raises:
-            ModelNotFound, StorageError: as of `resolve`.
-        """
-        self._follow()
-        if name is None or name in (self.called, self.model.name, str(self.model)):
-            return await self._describe(self.model)
-        since, reference = self._meanings.get(name, (-LOOK_AGAIN, None))
-        if reference is None or time.monotonic() - since > LOOK_AGAIN:
-            reference = await self._resolve(name)
-            self._meanings[name] = (time.monotonic(), reference)
-        return await self._describe(reference)
-
-    async def _resolve(self, name: str) -> ModelReference:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._lookers, resolve, name, self.model.tracking_uri)
-
-    async def _describe(self, reference: ModelReference) -> Served:
-        if str(reference) not in self._served:
-            facts = await self.sampler.describe.remote(reference)
-            self._served[str(reference)] = Served(reference, facts)
-        return self._served[str(reference)]
-
-    def _follow(self) -> None:
-        if self._follower is None:
-            # not in the context of a request, see generations.py
-            self._follower = asyncio.create_task(self._keep_following(), context=Context())
-
-    async def _keep_following(self) -> None:
-        """Move on with the alias, once every replica has the version that it means now."""
-        while True:
-            await asyncio.sleep(LOOK_AGAIN)
-            try:
-                now = await self._resolve(self.called)
-                if now != self.model:
-                    replies = self.sampler.broadcast("describe", now).results_async()
-                    await asyncio.wait_for(replies, LONGEST_LOAD)
-                    await self._describe(now)
-                    self.model = now
-            except Exception as error:  # the one before goes on serving
-                logging.getLogger("ray.serve").warning(
-                    "%s stays %s: %s", self.called, self.model, error
-                )
+        self.dealer = Dealer(replicas, config, self.metrics)
+        self.look = Look(replicas)
 
     # --- clients ----------------------------------------------------------------------------------
 
     def _client(self, request: Request) -> str:
-        """Whose request it is: the name of an API key, or an address where there are no keys.
-
-        Raises:
-            Unknown: there are keys, and this is none of them.
-        """
-        if not self.keys:
-            return request.client.host if request.client else ""
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        name = self.keys.get(sha256(key.strip().encode())) if scheme.lower() == "bearer" else None
-        if name is None:
-            raise Unknown
-        return name
+        return client_of(request, self.keys)
 
     def _own(self, id: str, request: Request) -> Generation | None:
         """A request in hand; with API keys only its client's."""
@@ -184,7 +101,7 @@ class Ingress:
         if (same := self.generations.of_key(client, key, digest)) is not None:
             return same
         name = values.get("model") if isinstance(values, dict) else None
-        served = await self._find(name if isinstance(name, str) else None)
+        served = await self.served.find(name if isinstance(name, str) else None)
         request = parse_request(values, served.spec, self.config)
         seed = secrets.randbits(63) if request.seed is None else request.seed
         images = image_requests(request, served.spec, seed)
@@ -269,7 +186,7 @@ class Ingress:
     async def models(self, request: Request) -> Response:
         self._client(request)
         try:
-            entry = self._entry(await self._find(None))
+            entry = self._entry(await self.served.find())
         except Exception as error:
             return refusal(error)
         return JSONResponse({"object": "list", "data": [entry]})
@@ -279,13 +196,10 @@ class Ingress:
         """The model that is served, or another that was asked for: looking loads none."""
         self._client(request)
         try:
-            if id in (self.called, self.model.name, str(self.model)):
-                return JSONResponse(self._entry(await self._find(None)))
-            if id not in self._served:
-                raise ModelNotFound(f"{id} is not served")
+            entry = self._entry(await self.served.find_loaded(id))
         except Exception as error:
             return refusal(error)
-        return JSONResponse(self._entry(self._served[id]))
+        return JSONResponse(entry)
 
     def _entry(self, served: Served) -> dict[str, Any]:
         spec = served.spec
@@ -342,8 +256,8 @@ class Ingress:
     @http.get("/readyz", responses=answers(ReadyReply, 503))
     async def readyz(self) -> Response:
         try:
-            facts = self.sampler.describe.remote(self.model)
+            facts = self.replicas.describe.remote(self.served.current)
             await asyncio.wait_for(facts, timeout=5)
         except (TimeoutError, DeploymentUnavailableError, RayActorError):
             return JSONResponse(error_body("the model is not loaded yet", "server_error"), 503)
-        return JSONResponse({"status": "ready", "model": str(self.model)})
+        return JSONResponse({"status": "ready", "model": str(self.served.current)})

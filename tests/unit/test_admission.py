@@ -5,9 +5,8 @@ import asyncio
 import pytest
 
 from pipeline.serving.config import ServingConfig
-from tasks.service.admission import MOST_BYTES, check_room
+from tasks.service.admission import MOST_BYTES, TooMuch, check_room
 from tasks.service.generations import Asked, Generation, Generations
-from tasks.service.refusals import TooMuch
 
 CONFIG = ServingConfig(max_rows=1000, max_rows_per_client=600, max_seconds=10)
 PACE = 100.0

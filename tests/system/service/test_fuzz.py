@@ -29,7 +29,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tasks.service.generations import NOBODY_LISTENS
-from tasks.service.refusals import BODY_SECONDS
+from tasks.service.request_body import BODY_SECONDS
 from tests.conftest import HANG, wait_for
 from tests.service import Service
 from tests.unit.test_requests import SAME
