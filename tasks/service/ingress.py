@@ -32,8 +32,9 @@ from tasks.service.dealer import Dealer, Job
 from tasks.service.generations import Asked, Generation, Generations
 from tasks.service.metrics import IngressMetrics
 from tasks.service.openapi import GENERATION, LISTENING, Api, answers
-from tasks.service.page import Look, page
+from tasks.service.page.response import page
 from tasks.service.refusals import cause, no_such, refusal
+from tasks.service.replica_states import ReplicaStates
 from tasks.service.request_body import parse_json, read_body
 from tasks.service.served_models import Served, ServedModels
 from tasks.service.server_sent_events import server_sent
@@ -73,7 +74,7 @@ class Ingress:
         self.metrics = IngressMetrics()
         self.generations = Generations(self.metrics.note_rows)
         self.dealer = Dealer(replicas, config, self.metrics)
-        self.look = Look(replicas)
+        self.states = ReplicaStates(replicas)
 
     # --- clients ----------------------------------------------------------------------------------
 
@@ -241,7 +242,7 @@ class Ingress:
             ],
             "rows": self.generations.rows,
             "max_rows": self.config.max_rows,
-            "replicas": await self.look.replicas(),
+            "replicas": await self.states.all(),
         }
         return JSONResponse(state)
 
