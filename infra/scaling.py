@@ -61,7 +61,7 @@ INGRESS = (
 second of the ingress."""
 ROWS_PER_IMAGE = 50
 IMAGES_PER_TASK = 48
-"""Of an evaluation, see tasks/fanout.py."""
+"""Of an evaluation, see tasks/stages/drawing.py."""
 FILES_PER_SHARD = 3
 """A part to train on, one held out, and the record."""
 LOOSE, ARCHIVE = 1, 10_000
@@ -212,7 +212,7 @@ def preprocess(c: dict[str, float], assumed: Assumed) -> str:
 
 def networks() -> dict[str, ModelSpec]:
     """Those of the shipped configs, and two published ones at 64 and 256 pixels."""
-    from tasks.train_worker import model_spec
+    from tasks.stages.train_worker import model_spec
 
     specs, ten = {}, [str(i) for i in range(10)]
     for name in ("digits", "fashion_mnist", "cifar10"):

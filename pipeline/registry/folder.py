@@ -59,7 +59,7 @@ def model_files(
     """The folder of a registered model, as names and contents.
 
     Args:
-        lineage: JSON-able, what it was made from; see tasks/register.py.
+        lineage: JSON-able, what it was made from; see tasks/stages/register.py.
         scores: protocol, figures and skipped of its evaluation, for the card.
         grid: a PNG of samples, for the card.
     """

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline import storage
-from pipeline.errors import RequestError
 from pipeline.registry.lock import SQLITE
 from tasks.console import console
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
-    from tasks.plan import Plan
-    from tasks.stage import Look
+    from tasks.stages.plan import Plan
+    from tasks.stages.stage import Look
 
 ConfigArg = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
 ModelArg = Annotated[
@@ -61,9 +60,9 @@ def plan_stages(
     config: "RunConfig", tracking_uri: str, target: str | None = None, look: "Look | None" = None
 ) -> "Plan":
     """What must run for the stage `target`, by default the last."""
-    from tasks.plan import make_plan
-    from tasks.stage import Look
-    from tasks.stages import LAST, STAGES
+    from tasks.stages.declarations import LAST, STAGES
+    from tasks.stages.plan import make_plan
+    from tasks.stages.stage import Look
 
     return make_plan(STAGES, config, tracking_uri, target or LAST, look or Look())
 
@@ -85,29 +84,6 @@ def print_plan(plan: "Plan") -> None:
     for planned in plan.stages:
         state = "cached  " if planned.done else "will run"
         console.print(f"{planned.name:<11}{state}  {planned.reason}")
-
-
-def validated(model: Any, prefix: str, **values: Any) -> Any:
-    """A pydantic model of options.
-
-    Args:
-        prefix: what stands before the name of a field, as `--` and `--set ` do; or an option, of
-            which the message itself names the value.
-
-    Raises:
-        RequestError: a value is wrong.
-    """
-    from pydantic import ValidationError
-
-    try:
-        return model(**values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = ".".join(map(str, problem["loc"]))
-        message = problem["msg"].removeprefix("Value error, ")
-        shown = name and not prefix[-1].isalpha()
-        option = f"{prefix}{name} {problem['input']}: " if shown else ""
-        raise RequestError(option + message[0].lower() + message[1:], name) from error
 
 
 def treat_sigterm_as_ctrl_c() -> None:

@@ -7,8 +7,10 @@ import typer
 
 from pipeline import storage
 from pipeline.errors import DataError, ModelNotFound, PipelineError, RequestError, UserError
-from tasks.commands.base import ModelArg, own_places, tracking_uri, validated
-from tasks.console import Board, console, log_to_file, shown
+from pipeline.sentences import validated
+from tasks.commands.base import ModelArg, own_places, tracking_uri
+from tasks.console import console, log_to_file, shown
+from tasks.stages.progress import Board
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +51,7 @@ def sample(
     from pipeline.samplers.config import SamplingConfig
     from pipeline.serving.engine import ImageRequest, check_request
     from tasks import cluster
-    from tasks import sample as stage
+    from tasks.stages import sample as stage
 
     if not 1 <= n <= 1_000_000:
         raise RequestError(f"-n {n} must be from 1 to 1000000", "n")
@@ -103,7 +105,7 @@ def reproduce(
     import numpy as np
 
     from pipeline.serving.recipe import encode, fingerprint
-    from tasks.sample import redraw
+    from tasks.stages.sample import redraw
 
     pixels, recipe = read_png(file)
     reference = model_of(recipe, file, tracking_uri(context))

@@ -9,7 +9,8 @@ import typer
 import yaml
 from rich.table import Table
 
-from tasks.commands.base import tracking_uri, validated
+from pipeline.sentences import validated
+from tasks.commands.base import tracking_uri
 from tasks.commands.images import model_of, read_png
 from tasks.console import console, shown_uri
 

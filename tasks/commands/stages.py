@@ -20,8 +20,9 @@ from tasks.commands.base import (
     print_plan,
     treat_sigterm_as_ctrl_c,
 )
-from tasks.console import Board, command, console, duration, log_to_file, shown, shown_uri
-from tasks.estimate import Estimate, reckon, roughly
+from tasks.console import command, console, duration, log_to_file, roughly, shown, shown_uri
+from tasks.stages.estimate import Estimate, reckon
+from tasks.stages.progress import Board
 
 MANY = 20_000
 """Images whose preprocessing takes a time worth a word, which nothing tells before it begins."""
@@ -29,7 +30,7 @@ MANY = 20_000
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.data.pieces import LookInto, Piece
-    from tasks.plan import Plan
+    from tasks.stages.plan import Plan
 
 
 def run(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
@@ -64,9 +65,10 @@ def _run_stages(
     storage.check_writable(config.storage)
     log = log_to_file(config.storage)
 
-    from tasks import cluster, workflow
-    from tasks.preprocess import look_on_cluster
-    from tasks.stages import tracked_run
+    from tasks import cluster
+    from tasks.stages import workflow
+    from tasks.stages.declarations import tracked_run
+    from tasks.stages.preprocess import look_on_cluster
 
     with contextlib.ExitStack() as stack:
 
@@ -122,7 +124,7 @@ def _how_long(plan: "Plan", estimate: Estimate) -> str:
 def _plan_visibly(
     config: "RunConfig", tracking_uri: str, target: str, look_into: "LookInto"
 ) -> "Plan":
-    from tasks.stage import Look
+    from tasks.stages.stage import Look
 
     with Board() as board:
         bar = board.add("source")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from pipeline.registry.versions import SERVING_TAG, ModelReference, read_tag, resolve
+from pipeline.sentences import validated
 from pipeline.serving.config import ServingConfig
 from pipeline.serving.keys import read_keys
-from tasks.commands.base import validated
 
 if TYPE_CHECKING:  # a mistake is told before Ray's seconds of import
     from ray.serve import Application

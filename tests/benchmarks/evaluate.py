@@ -147,9 +147,9 @@ def as_evaluated(uri: str, reference: str, folder: str, count: int) -> float:
     """The seconds from the first task to the last file."""
     import ray
 
-    from tasks import in_flight
-    from tasks.evaluate import draw_to_file
-    from tasks.fanout import IMAGES_PER_TASK
+    from tasks.stages import in_flight
+    from tasks.stages.drawing import IMAGES_PER_TASK
+    from tasks.stages.evaluate import draw_to_file
 
     task = ray.remote(num_cpus=1)(draw_to_file)
     starts = range(0, count, IMAGES_PER_TASK)

@@ -34,12 +34,12 @@ def started_ray(num_cpus: int) -> Iterator[None]:
 
 def run_stage(config: RunConfig, stage: str) -> str:
     """Run the stages up to one, as `ddpm` does; the folder of its output."""
-    from tasks import workflow
-    from tasks.console import Board
-    from tasks.plan import make_plan
-    from tasks.preprocess import look_on_cluster
-    from tasks.stage import Look
-    from tasks.stages import STAGES, tracked_run
+    from tasks.stages import workflow
+    from tasks.stages.declarations import STAGES, tracked_run
+    from tasks.stages.plan import make_plan
+    from tasks.stages.preprocess import look_on_cluster
+    from tasks.stages.progress import Board
+    from tasks.stages.stage import Look
 
     tracking_uri = f"sqlite:///{config.storage}/mlflow.db"
     look = Look(remember=True, into=look_on_cluster)

@@ -16,7 +16,7 @@ from pipeline.config import load_config
 from pipeline.samplers.model import ModelSpec
 from pipeline.training.precision import LEAST_CPU_FLOPS, computes_natively
 from pipeline.training.watch import training_flops
-from tasks.train_worker import model_spec
+from tasks.stages.train_worker import model_spec
 from tests.benchmarks import program
 from tests.benchmarks.program import Figure, figure, in_turn, medians
 

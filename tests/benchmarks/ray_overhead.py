@@ -7,9 +7,9 @@ and a batch of 64, one thread a worker, as
 
 - a bare loop, a process with pipeline/training/loop.py and no Ray; and two of them at the same
   time, with half of the batch each, by which one sees what the cores take from each other;
-- the workers of tasks/train_worker.py under Ray Train, one and two, that save no checkpoint before
-  the last step; and two that save one every few steps, by which one knows what a checkpoint costs,
-  and so what one a minute does.
+- the workers of tasks/stages/train_worker.py under Ray Train, one and two, that save no checkpoint
+  before the last step; and two that save one every few steps, by which one knows what a checkpoint
+  costs, and so what one a minute does.
 
 They run in turn, several times. A rate is that of the median of all windows of a few steps, without
 the first of each run. MLflow and the previews of checkpoints, which run beside the workers, have no
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace) -> list[Figure]:
 
 def bare_loop(config: PipelineConfig, shard_set: str, ready: Barrier) -> list[float]:
     """Seconds of each window of steps, without Ray."""
-    from tasks.train_worker import model_spec
+    from tasks.stages.train_worker import model_spec
 
     training = config.training
     torch.set_num_threads(1)
@@ -238,12 +238,12 @@ class Bench:
 
 
 def make_trainer(config: PipelineConfig, folder: str, shard_set: str) -> tuple[Any, Any]:
-    """(a trainer of the workers of tasks/train_worker.py, the actor that they report to)."""
+    """(a trainer of the workers of tasks/stages/train_worker.py, the actor that they report to)."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from tasks.train import Reporter
-    from tasks.train_worker import Job, train_worker
+    from tasks.stages.train import Reporter
+    from tasks.stages.train_worker import Job, train_worker
 
     manifest = storage.read_manifest(shard_set)
     assert manifest is not None

@@ -161,8 +161,8 @@ def run_driver(num_shards: int) -> dict[str, float]:
     import ray
 
     from pipeline.config import load_config
-    from tasks import preprocess
-    from tasks.stage import StageContext
+    from tasks.stages import preprocess
+    from tasks.stages.stage import StageContext
     from tests.benchmarks import scale  # not this __main__, which Ray's workers cannot import
 
     real = frozenset(np.linspace(0, num_shards - 1, SHEET_PARTS).astype(int).tolist())
@@ -512,7 +512,7 @@ def checkpoints(by: int) -> list[Figure]:
     from pipeline.config import load_config
     from pipeline.training.checkpoint import Writer
     from pipeline.training.loop import make_state
-    from tasks.train_worker import model_spec
+    from tasks.stages.train_worker import model_spec
 
     results = []
     for name in ("digits", "fashion_mnist", "cifar10")[: 1 if by > 1 else 3]:

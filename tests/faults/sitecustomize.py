@@ -35,7 +35,7 @@ def _break() -> None:
 
 
 def _hold() -> None:
-    worker, folder = _await("tasks.train_worker", "train"), Path(os.environ["DDPM_HOLD"])
+    worker, folder = _await("tasks.stages.train_worker", "train"), Path(os.environ["DDPM_HOLD"])
     train = worker.train
 
     def held(*arguments: Any) -> Iterator[Any]:

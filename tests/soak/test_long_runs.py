@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load
 
 from pipeline.loading import read_checkpoint
-from tasks import averages
+from tasks.stages import averages
 from tests.cluster import Cluster
 from tests.conftest import HANG, Workplace, end, ray_workers, tiny_command, wait_for
 from tests.servers import free_port, mlflow_server

@@ -18,11 +18,11 @@ from pipeline.registry.aliases import (
     DECISION_TAG,
 )
 from pipeline.registry.versions import FIGURES_TAG, read_tag, resolve
-from tasks.console import Board
-from tasks.plan import make_plan
-from tasks.stage import Outcome, StageContext
-from tasks.stages import STAGES, tracked_run
-from tasks.workflow import run
+from tasks.stages.declarations import STAGES, tracked_run
+from tasks.stages.plan import make_plan
+from tasks.stages.progress import Board
+from tasks.stages.stage import Outcome, StageContext
+from tasks.stages.workflow import run
 from tests.conftest import ROOT, TINY, Workplace, tiny_command
 from tests.unit.test_gate import Silent
 
@@ -282,7 +282,7 @@ def test_other_rules_decide_again_on_the_version_that_is_there(
     tiny: Workplace, tmp_path: Path
 ) -> None:
     from pipeline.registry.runs import TrackedRun
-    from tasks import register
+    from tasks.stages import register
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     tracked = TrackedRun(uri, "digits", "t", {})

@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 
 from pipeline.config import RunConfig, load_config
-from tasks import console, estimate
-from tasks.console import Board
-from tasks.estimate import START_SECONDS, Estimate, Reckoned, roughly
+from tasks.console import roughly
+from tasks.stages import estimate, progress
+from tasks.stages.estimate import START_SECONDS, Estimate, Reckoned
+from tasks.stages.progress import Board
 from tests.conftest import ROOT
 
 
@@ -128,8 +129,8 @@ def test_what_is_left_in_all_is_seen_while_a_stage_runs(
 ) -> None:
     out = io.StringIO()
     written: dict[str, Any] = {"force_terminal": terminal, "width": 150, "file": out}
-    monkeypatch.setattr(console, "console", Console(highlight=False, **written))
-    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr(progress, "console", Console(highlight=False, **written))
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
     with Board(Estimate(stages(), 10.0, Clock())) as board:
         bar = board.add("first")
         bar.start(4, "files")

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tasks.stages.declarations import STAGES
 from tests.conftest import ROOT
 
 LEVELS = [
-    {"errors", "seeding", "device", "storage"},
+    {"errors", "seeding", "device", "sentences", "storage"},
     {"diffusion", "networks", "data"},
     {"samplers", "training"},
     {"evaluation", "registry", "exchange", "serving", "pictures"},
@@ -18,11 +19,23 @@ LEVELS = [
 ]
 WITHIN_A_LEVEL = {
     ("storage", "errors"),
+    ("sentences", "errors"),
     ("registry", "serving"),  # the pyfunc flavour draws with the engine
 }
 CORE = {"diffusion", "networks", "samplers"}
-FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")])
-STAGES = {"preprocess", "reference", "train", "evaluate", "register", "sample"}
+BELOW = {
+    "__init__": set(),
+    "__main__": {"commands", "console"},
+    "commands": {"stages", "service", "jobs", "cluster", "console"},
+    "stages": {"cluster", "console"},
+    "service": {"cluster", "console"},
+    "jobs": {"cluster", "console"},
+    "cluster": set(),
+    "console": set(),
+}
+"""What each room of tasks/, and each file beside the rooms, may import of the others."""
+IN_PIPELINE, IN_TASKS = (sorted((ROOT / name).rglob("*.py")) for name in ("pipeline", "tasks"))
+FILES = [*IN_PIPELINE, *IN_TASKS]
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -45,30 +58,42 @@ def level(name: str) -> int:
     return next(i for i, names in enumerate(LEVELS) if name in names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", IN_PIPELINE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_only_go_downwards(path: Path) -> None:
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     imports = imported_modules(path)
-    if module.startswith("pipeline"):
-        assert not {name for name in imports if name.split(".")[0] in ("tasks", "ray")}
-        here = unit(module)
-        for there in {unit(name) for name in imports} - {None, here}:
-            assert here is not None and there is not None
-            allowed = level(there) < level(here) or (here, there) in WITHIN_A_LEVEL
-            assert allowed, f"{module} imports pipeline.{there}"
-            if here in CORE:
-                assert there in CORE | {"errors", "seeding", "device"}, (
-                    f"{module} imports pipeline.{there}"
-                )
-    else:
-        here = module.removeprefix("tasks.")
-        theirs = {name.split(".")[1] for name in imports if name.startswith("tasks.")}
-        if here in STAGES:
-            above = {"stages", "plan", "workflow", "__main__"}
-            assert not theirs & (STAGES | above), f"{module} imports a stage"
-        if here in ("stage", "plan", "workflow"):
-            assert not theirs & (STAGES | {"stages"}), f"{module} imports a stage"
-            assert not [name for name in STAGES if f'"{name}"' in path.read_text()]
+    assert not {name for name in imports if name.split(".")[0] in ("tasks", "ray")}
+    here = unit(module)
+    for there in {unit(name) for name in imports} - {None, here}:
+        assert here is not None and there is not None
+        allowed = level(there) < level(here) or (here, there) in WITHIN_A_LEVEL
+        assert allowed, f"{module} imports pipeline.{there}"
+        if here in CORE:
+            assert there in CORE | {"errors", "seeding", "device"}, (
+                f"{module} imports pipeline.{there}"
+            )
+
+
+@pytest.mark.parametrize("path", IN_TASKS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_room_of_tasks_imports_a_sister_or_what_is_above_it(path: Path) -> None:
+    here = path.relative_to(ROOT / "tasks").parts[0].removesuffix(".py")
+    there = {name.split(".")[1] for name in imported_modules(path) if name.startswith("tasks.")}
+    assert there - {here} <= BELOW[here]
+
+
+def test_no_stage_knows_another_and_what_runs_them_knows_none() -> None:
+    stages, running = {stage.name for stage in STAGES}, {"stage", "plan", "workflow"}
+    paths = {path.stem: path for path in (ROOT / "tasks" / "stages").glob("*.py")}
+    assert stages <= set(paths), "a stage's code is in the file of its name"
+    del paths["declarations"]
+    for name, path in paths.items():
+        imports = imported_modules(path)
+        theirs = {module.split(".")[2] for module in imports if module.startswith("tasks.stages.")}
+        assert not theirs & (stages | {"declarations"}), name
+        if name in stages:
+            assert not theirs & {"plan", "workflow"}, name
+        if name in running:
+            assert not [stage for stage in stages if f'"{stage}"' in path.read_text()], name
 
 
 def test_the_environment_is_read_in_two_places_only() -> None:

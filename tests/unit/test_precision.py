@@ -12,8 +12,8 @@ from pipeline.training import checkpoint
 from pipeline.training.config import Precision, TrainingConfig
 from pipeline.training.loop import make_state
 from pipeline.training.precision import computes_natively, is_small, prefers_bfloat16, resolve
-from tasks import notices
-from tasks.train_worker import Job, flops_of, model_spec, with_precision
+from tasks.stages import notices
+from tasks.stages.train_worker import Job, flops_of, model_spec, with_precision
 from tests import needs
 from tests.conftest import ROOT
 from tests.unit.test_training import CPU, SPEC, config, fresh, run, save

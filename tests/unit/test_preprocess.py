@@ -29,8 +29,8 @@ from pipeline.data.sources import scan
 from pipeline.data.summary import Tally, contact_sheet, left_out, summary
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import Manifest
-from tasks import preprocess
-from tasks.stage import Outcome, StageContext
+from tasks.stages import preprocess
+from tasks.stages.stage import Outcome, StageContext
 from tests.conftest import ROOT
 
 

@@ -12,11 +12,11 @@ from pipeline.data.input_shards import cut
 from pipeline.data.preprocess import shard_digest
 from pipeline.data.sources import scan
 from pipeline.errors import ConfigError
-from tasks import train
-from tasks.console import Board
-from tasks.plan import make_plan
-from tasks.stage import External, Stage, StageContext
-from tasks.stages import LAST, STAGES
+from tasks.stages import train
+from tasks.stages.declarations import LAST, STAGES
+from tasks.stages.plan import make_plan
+from tasks.stages.progress import Board
+from tasks.stages.stage import External, Stage, StageContext
 from tests.unit.test_workflow import VALUES, config_with
 
 FLOAT32 = {"precision": "float32", "log_every": 25, "checkpoint_every": 250}

@@ -14,10 +14,10 @@ from pipeline import storage
 from pipeline.config import RunConfig, validate_config
 from pipeline.errors import ConfigError
 from pipeline.registry.runs import TrackedRun
-from tasks.console import Board
-from tasks.plan import Plan, make_plan
-from tasks.stage import External, Look, Outcome, Stage, StageContext
-from tasks.workflow import run
+from tasks.stages.plan import Plan, make_plan
+from tasks.stages.progress import Board
+from tasks.stages.stage import External, Look, Outcome, Stage, StageContext
+from tasks.stages.workflow import run
 
 VALUES: dict[str, Any] = {
     "name": "toy",

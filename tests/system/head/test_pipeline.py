@@ -26,8 +26,8 @@ from pipeline.data.config import DataConfig
 from pipeline.data.images import png
 from pipeline.errors import DataError
 from pipeline.evaluation.real_images import extractor_of, write_tensors
-from tasks.preprocess import check_bad_share
-from tasks.previews import Wanted, preview
+from tasks.stages.preprocess import check_bad_share
+from tasks.stages.previews import Wanted, preview
 from tests.conftest import (
     FAULTS,
     HANG,

@@ -38,9 +38,9 @@ from pipeline.errors import ClusterError, ConfigError, StorageError
 from pipeline.samplers.model import ModelSpec
 from pipeline.training import checkpoint, posthoc
 from tasks.cluster import check_room, num_workers, worker_needs
-from tasks.previews import Previews
-from tasks.stage import Outcome, StageContext
-from tasks.train_worker import Job, train_worker
+from tasks.stages.previews import Previews
+from tasks.stages.stage import Outcome, StageContext
+from tasks.stages.train_worker import Job, train_worker
 
 PRECISION = "ddpm.precision"
 """Tag of the MLflow run: what it computes in, whatever the config asks for."""

@@ -12,8 +12,8 @@ from pipeline.registry.aliases import decide
 from pipeline.registry.folder import MODEL_JSON, model_files
 from pipeline.registry.registration import register
 from pipeline.registry.versions import FIGURES_TAG, SERVING_TAG, write_reference
-from tasks import averages
-from tasks.stage import Outcome, StageContext
+from tasks.stages import averages
+from tasks.stages.stage import Outcome, StageContext
 
 
 def run(ctx: StageContext) -> Outcome:

@@ -1,7 +1,8 @@
 """The stages of the pipeline: what each reads of the config and of the outputs before it.
 
-A stage's code lies in a module of its own. Its declaration stands here and not there, so that
-`ddpm status` and `explain` look at the stages without importing torch and Ray.
+A stage's code lies in a file of its own, and is imported when it runs. Its declaration stands here
+and not there, because the code brings torch, Ray and MLflow along, for which `ddpm status`,
+`explain` and what else only looks at the stages would wait for seconds.
 """
 
 from typing import Any
@@ -13,8 +14,8 @@ from pipeline.data.preprocess import SHARD_SET_FORMAT
 from pipeline.data.sources import scan
 from pipeline.registry.runs import TrackedRun
 from pipeline.registry.versions import find_version, read_reference
-from tasks.plan import Plan
-from tasks.stage import External, Look, Stage, at
+from tasks.stages.plan import Plan
+from tasks.stages.stage import External, Look, Stage, at
 
 LAST = "sample"
 """What `ddpm run` runs, with all that it needs."""
@@ -40,14 +41,14 @@ def _why_not_registered(folder: str, tracking_uri: str) -> str:
 STAGES = (
     Stage(
         "preprocess",
-        at("tasks.preprocess:run"),
+        at("tasks.stages.preprocess:run"),
         reads=tuple(f"data.{key}" for key in DataConfig.model_fields if key not in SCANNED),
         format=SHARD_SET_FORMAT,
         inputs_of=_source,
     ),
     Stage(
         "reference",
-        at("tasks.reference:run"),
+        at("tasks.stages.reference:run"),
         reads=("name", "seed", "evaluation.classifier_epochs", "evaluation.extractor"),
         apart_from=("evaluation.extractor.file",),  # its hash stands beside it
         inputs=("preprocess",),
@@ -55,35 +56,35 @@ STAGES = (
     ),
     Stage(
         "train",
-        at("tasks.train:run"),
+        at("tasks.stages.train:run"),
         reads=("seed", "network", "diffusion", "training"),
         inputs=("preprocess",),
         beside=("reference",),
-        rows=at("tasks.estimate:of_training"),
+        rows=at("tasks.stages.estimate:of_training"),
         paced=True,
     ),
     Stage(
         "evaluate",
-        at("tasks.evaluate:run"),
+        at("tasks.stages.evaluate:run"),
         reads=("seed", "evaluation", "sampling"),
         apart_from=("evaluation.extractor.file", "evaluation.during_training"),
         inputs=("preprocess", "train", "reference"),
         format=2,
-        rows=at("tasks.estimate:of_evaluation"),
+        rows=at("tasks.stages.estimate:of_evaluation"),
     ),
     Stage(
         "register",
-        at("tasks.register:run"),
+        at("tasks.stages.register:run"),
         reads=("name", "registry", "serving"),
         inputs=("preprocess", "train", "evaluate"),
         why_invalid=_why_not_registered,
     ),
     Stage(
         "sample",
-        at("tasks.sample:run"),
+        at("tasks.stages.sample:run"),
         reads=("seed", "sampling"),
         inputs=("register",),
-        rows=at("tasks.estimate:of_samples"),
+        rows=at("tasks.stages.estimate:of_samples"),
     ),
 )
 """Each after its inputs."""

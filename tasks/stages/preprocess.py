@@ -34,8 +34,8 @@ from pipeline.data.summary import (
     summary,
 )
 from pipeline.errors import CorruptArtifact, DataError
-from tasks import in_flight
-from tasks.stage import Outcome, StageContext
+from tasks.stages import in_flight
+from tasks.stages.stage import Outcome, StageContext
 
 NUM_EARLIER = 5
 """Finished ShardSets, the newest, in which unchanged shards are looked for."""

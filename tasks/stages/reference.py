@@ -19,9 +19,9 @@ from pipeline.data.parts import Part, Parts, choose, images_at, read_parts
 from pipeline.data.shards import NO_LABEL, SPLITS
 from pipeline.evaluation import extractors, real_images
 from pipeline.evaluation.features import train_classifier
-from tasks import in_flight
 from tasks.cluster import gpus_beside_training, worker_device
-from tasks.stage import Outcome, StageContext
+from tasks.stages import in_flight
+from tasks.stages.stage import Outcome, StageContext
 
 IMAGES_PER_FILE = 8192
 MOST_TO_FIT, MOST_TO_JUDGE = 60_000, 10_000

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.config import RunConfig
-from tasks.stage import Look, Stage
+from tasks.stages.stage import Look, Stage
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pipeline.loading import read_checkpoint
 from pipeline.registry.folder import MODEL_JSON, WEIGHTS, model_files, read_folder
 from pipeline.samplers.model import ModelSpec
 from pipeline.training import checkpoint, posthoc
-from tasks.stage import StageContext
+from tasks.stages.stage import StageContext
 
 FOLDER = "model"
 """In the output of evaluate: the model, if it is not the checkpoint's."""

@@ -40,11 +40,11 @@ from pipeline.samplers.config import SamplingConfig
 from pipeline.samplers.model import ModelSpec
 from pipeline.seeding import key
 from pipeline.serving.engine import ImageRequest
-from tasks import averages, in_flight
 from tasks.cluster import worker_device
-from tasks.fanout import IMAGES_PER_TASK, draw
-from tasks.held_out import HeldOut
-from tasks.stage import Outcome, StageContext
+from tasks.stages import averages, in_flight
+from tasks.stages.drawing import IMAGES_PER_TASK, draw
+from tasks.stages.held_out import HeldOut
+from tasks.stages.stage import Outcome, StageContext
 
 GRID_COLUMNS = 10
 SAMPLES = "samples"

@@ -16,8 +16,8 @@ from pipeline.serving.config import EXACT_ROWS, Mode
 from pipeline.serving.engine import ImageRequest
 from pipeline.serving.offline import Drawn
 from pipeline.serving.recipe import fingerprint
-from tasks import in_flight
 from tasks.cluster import worker_device
+from tasks.stages import in_flight
 
 IMAGES_PER_TASK = 48
 """Enough to keep the engine's rows full and to bear the start of a task."""

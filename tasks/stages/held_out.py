@@ -19,8 +19,8 @@ from pipeline.evaluation.likelihood import (
 from pipeline.evaluation.metrics import MOST_HELD_OUT, HoldoutLoss, holdout_loss
 from pipeline.loading import load_model
 from tasks.cluster import worker_device
-from tasks.fanout import cached_model
-from tasks.stage import StageContext
+from tasks.stages.drawing import cached_model
+from tasks.stages.stage import StageContext
 
 
 def measure_holdout(uri: str, shard_set: str, held_out: int, seed: int) -> HoldoutLoss:

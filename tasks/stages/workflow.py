@@ -13,9 +13,10 @@ from pipeline import storage
 from pipeline.errors import StorageError
 from pipeline.registry.runs import TrackedRun
 from pipeline.storage import Manifest
-from tasks.console import Board, duration
-from tasks.plan import Plan, PlannedStage
-from tasks.stage import Outcome, StageContext
+from tasks.console import duration
+from tasks.stages.plan import Plan, PlannedStage
+from tasks.stages.progress import Board
+from tasks.stages.stage import Outcome, StageContext
 
 
 @dataclass(frozen=True)

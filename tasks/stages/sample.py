@@ -19,8 +19,8 @@ from pipeline.serving.engine import ImageRequest
 from pipeline.serving.offline import draw
 from pipeline.serving.recipe import Recipe, encode
 from pipeline.storage import FileEntry
-from tasks.fanout import draw_on_cluster
-from tasks.stage import Outcome, StageContext
+from tasks.stages.drawing import draw_on_cluster
+from tasks.stages.stage import Outcome, StageContext
 
 IMAGES_PER_CLASS = 8
 MAX_GRID_IMAGES = 400

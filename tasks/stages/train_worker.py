@@ -37,8 +37,8 @@ from pipeline.training.precision import (
     resolve,
 )
 from pipeline.training.watch import Watch, measured_peak, slowdown, training_flops
-from tasks import notices
 from tasks.cluster import gpus_of_this_node, num_cores
+from tasks.stages import notices
 
 NAMED_IMAGES = 3
 """In the sentence that says which step is not finite."""
@@ -172,7 +172,7 @@ def notices_of(
     flops: int,
     device: torch.device,
 ) -> dict[str, str]:
-    """What this rank has to say of where it is, see tasks/notices.py."""
+    """What this rank has to say of where it is, see tasks/stages/notices.py."""
     cluster, precision = job.config.cluster, job.config.training.precision
     assert precision != "auto"
     workers_here = ray.train.get_context().get_local_world_size()

@@ -5,7 +5,6 @@ forward and backward pass. How many rows a second there are is measured here bef
 then by the stages whose progress tells it. To that comes what the start of processes takes.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
-    from tasks.plan import Plan
+    from tasks.stages.plan import Plan
 
 START_SECONDS = 8.0
 """What a stage takes beside its rows: processes start, files are written."""
@@ -73,7 +72,7 @@ def measured_rows_per_second(config: "RunConfig") -> float | None:
     import torch
 
     from pipeline.training.precision import HALF, prefers_bfloat16, resolve
-    from tasks.train_worker import flops_of, model_spec
+    from tasks.stages.train_worker import flops_of, model_spec
 
     cluster.keep_memory()
     spec, threads = model_spec(config, []), torch.get_num_threads()
@@ -201,13 +200,3 @@ def reckon(plan: "Plan") -> Estimate:
     ]
     has_rows = any(stage.rows for stage in stages)
     return Estimate(stages, measured_rows_per_second(plan.config) if has_rows else None)
-
-
-def roughly(seconds: float) -> str:
-    """`40 s`, `2 min 30 s` or `3 h 20 min`: no more digits than an estimate has."""
-    if seconds < 3600:
-        large, small, units = *divmod(10 * max(1, math.ceil(seconds / 10)), 60), ("min", "s")
-    else:
-        large, small, units = *divmod(10 * math.ceil(seconds / 600), 60), ("h", "min")
-    parts = zip((large, small), units, strict=True)
-    return " ".join(f"{number} {unit}" for number, unit in parts if number)

@@ -1,6 +1,6 @@
 """A stage of the pipeline: what it declares, what it is given and what it gives back.
 
-`stages.py` declares the pipeline's own, `plan.py` says which of them must run, `workflow.py` runs
+`declarations.py` has the pipeline's own, `plan.py` says which of them must run, `workflow.py` runs
 them.
 """
 

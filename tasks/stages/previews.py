@@ -29,7 +29,7 @@ from pipeline.seeding import key
 from pipeline.serving.engine import Engine, ImageRequest
 from pipeline.training import checkpoint
 from tasks.cluster import gpus_beside_training, worker_device
-from tasks.stage import StageContext
+from tasks.stages.stage import StageContext
 
 PREVIEW_STEPS = 25
 PREVIEW_IMAGES_PER_CLASS = 4

@@ -1,0 +1,1 @@
+"""The stages of a run, which of them must run and why, and running them."""
