@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -37,6 +38,8 @@ from tests.needs import (  # noqa: F401  (hooks of pytest)
 )
 
 torch.set_num_threads(1)
+# which a shell lets a suite in its background ignore, and all that it starts: Ctrl-C is tested, too
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}

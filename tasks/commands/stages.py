@@ -88,14 +88,15 @@ def _run_stages(
 
         plan = _plan_visibly(config, tracking_uri, target, look_into)
         print_plan(plan)
+        estimate = reckon(plan)
+        nothing_to_do = all(planned.done for planned in plan.stages)
+        if not nothing_to_do:
+            console.print(_how_long(plan, estimate))
         if target != "preprocess":
             from pipeline.registry.runs import make_client
 
             make_client(tracking_uri)  # a store that cannot be used is better found before the work
-
-        estimate = reckon(plan)
-        if not all(planned.done for planned in plan.stages):
-            console.print(_how_long(plan, estimate))
+        if not nothing_to_do:
             start_ray()
         with Board(estimate) as board:
             results = workflow.run(plan, board, tracked_run)
