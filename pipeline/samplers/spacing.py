@@ -46,7 +46,9 @@ def make_times(
     The first three are named as in Lin et al. 2023, table 2.
 
     Args:
-        start: the first time, for T-1; if it is real, times are not rounded. leading has its own.
+        start: the first time, for T-1; if it is real, times are not rounded. leading has its own
+            where that is below. With more steps than timesteps from there on, trailing and leading
+            are linspace.
 
     Raises:
         ValueError: steps is not in 1 .. T, or the spacing needs a finite log-SNR and there is none.
@@ -57,12 +59,15 @@ def make_times(
     first = float(T - 1) if start is None else start
     whole = torch.round if first == T - 1 else torch.clone  # between timesteps, nothing to round to
     i = torch.arange(steps, dtype=torch.float64)
+    evenly = whole(torch.linspace(first, 0, steps, dtype=torch.float64))
     if spacing == "trailing":
-        times = whole((first + 1) * (steps - i) / steps) - 1
+        # below 0 there is no timestep but the clean image, where ε has no meaning
+        times = whole((first + 1) * (steps - i) / steps) - 1 if steps <= first + 1 else evenly
     elif spacing == "leading":
         times = (i * (T // steps)).flip(0)
+        times = times if times[0] <= first else evenly
     elif spacing == "linspace":
-        times = whole(torch.linspace(first, 0, steps, dtype=torch.float64))
+        times = evenly
     else:
         low_snr = schedule.alpha_bar_at(torch.tensor(first)).logit()
         high_snr = schedule.log_snr[0]
