@@ -43,6 +43,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+KEPT = ("PATH", "LANG", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+"""What another machine has of this environment: it finds programs, and computes the same bits."""
 FAULTS = {"PYTHONPATH": f"{ROOT}/tests/faults:{ROOT}"}
 """See tests/faults/sitecustomize.py."""
 TINY = [

@@ -17,7 +17,7 @@ from typing import IO
 
 import psutil
 
-from tests.conftest import HANG, ROOT, wait_for
+from tests.conftest import HANG, KEPT, ROOT, wait_for
 
 HOME = "/tmp/home"
 INIT = f"""
@@ -134,7 +134,7 @@ class Machine:
         self, *command: str, stdout: int | IO[str] | None = None, **environment: str
     ) -> subprocess.Popen[str]:
         """Start a command there, in its home and with nothing of this environment."""
-        kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+        kept = {name: os.environ[name] for name in KEPT if name in os.environ}
         values = {**kept, "HOME": HOME, "PYTHONPATH": str(ROOT), **environment}
         words = [f"{name}={value}" for name, value in values.items()]
         enter = ["nsenter", "--all", "--target", str(self.pid)]

@@ -14,7 +14,7 @@ from typing import IO
 
 import psutil
 
-from tests.conftest import HANG, ROOT
+from tests.conftest import HANG, KEPT, ROOT
 
 
 class Room:
@@ -40,7 +40,7 @@ class Room:
     def start(
         self, *command: str, stdout: int | IO[str] | None = None, **environment: str
     ) -> subprocess.Popen[str]:
-        kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+        kept = {name: os.environ[name] for name in KEPT if name in os.environ}
         here = {name: str(self.tmp) for name in ("TMPDIR", "RAY_TMPDIR")}
         process = subprocess.Popen(
             command,

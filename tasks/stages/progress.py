@@ -98,7 +98,7 @@ class Board:
     """
 
     def __init__(self, estimate: Estimate | None = None) -> None:
-        self.live = console.is_terminal
+        self.live = console.is_terminal and not console.is_dumb_terminal  # which moves no cursor
         self.estimate = estimate or Estimate([], None)
         self.bars = _Bars(
             self,

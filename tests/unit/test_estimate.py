@@ -123,19 +123,21 @@ def test_it_is_said_with_no_more_digits_than_it_has(seconds: float, said: str) -
     assert roughly(seconds) == said
 
 
-@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("term", ["xterm", "dumb", None])
 def test_what_is_left_in_all_is_seen_while_a_stage_runs(
-    terminal: bool, monkeypatch: pytest.MonkeyPatch
+    term: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In bars, or in lines where the terminal cannot move its cursor or there is none."""
+    monkeypatch.setenv("TERM", term or "xterm")
     out = io.StringIO()
-    written: dict[str, Any] = {"force_terminal": terminal, "width": 150, "file": out}
+    written: dict[str, Any] = {"force_terminal": bool(term), "width": 150, "file": out}
     monkeypatch.setattr(progress, "console", Console(highlight=False, **written))
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", -1.0)
     with Board(Estimate(stages(), 10.0, Clock())) as board:
         bar = board.add("first")
         bar.start(4, "files")
         bar.update(2)
-        assert board.bars.disable is not terminal
+        assert board.bars.disable is (term != "xterm")
         board.bars.refresh()
         for name in ("long", "short", "last"):
             board.add(name).close("done")
