@@ -1,14 +1,11 @@
-"""A rank's view of the batches: pixels and labels of a step, made ahead of the training loop.
+"""A rank's view of the batches: pixels and labels of a step.
 
 Which images these are is the business of pipeline/data/order.py. All that is drawn belongs to
 (seed, step, row of the global batch), so the number of workers has no part in it.
 """
 
-from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,8 +14,6 @@ from torch import Tensor
 from pipeline.data.augment import UNCHANGED, Augmentation, augment
 from pipeline.data.order import global_batch, share
 from pipeline.seeding import key, uniform
-
-T = TypeVar("T")
 
 
 class Shuffle(Protocol):
@@ -98,23 +93,3 @@ def drop_labels(seed: int, step: int, rows: range, label_dropout: float) -> Tens
         return torch.zeros(len(rows), dtype=torch.bool)
     draws = [uniform(key(seed, "label_dropout", step, row)) for row in rows]
     return torch.tensor(draws, dtype=torch.float64) < label_dropout
-
-
-def prefetch(
-    make: Callable[[int], T], start: int, stop: int, depth: int = 4
-) -> Generator[T, None, None]:
-    """What `make` makes of steps start .. stop - 1, up to `depth` of them made ahead by a thread.
-
-    Whatever goes wrong in the thread is raised here, at the step that it concerns. The thread is
-    gone when the iterator is at its end or closed.
-    """
-    ahead: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(1, "batches") as thread:
-        try:
-            for step in range(start, stop + depth):
-                if step < stop:
-                    ahead.append(thread.submit(make, step))
-                if step >= start + depth:
-                    yield ahead.popleft().result()
-        finally:
-            thread.shutdown(cancel_futures=True)

@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.formats import loose
-from pipeline.data.formats.common import Place
-from pipeline.data.pieces import format_of, runs
-from pipeline.data.sources import Source, values_of
+from pipeline.data.formats.choice import format_of
+from pipeline.data.items import values_of
+from pipeline.data.place import Place
+from pipeline.data.runs import runs
+from pipeline.data.source import Source
 from pipeline.errors import DataError
 from pipeline.storage.refusals import explain
 

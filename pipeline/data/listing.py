@@ -9,15 +9,13 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import storage
-from pipeline.data.formats.common import Place
+from pipeline.data.place import BUILTIN, Place
 from pipeline.data.shard_list import SHARDS
 from pipeline.errors import DataError
 from pipeline.storage import MANIFEST
 from pipeline.storage.filesystem import filesystem_of
 from pipeline.storage.refusals import explain
 
-BUILTIN = "builtin:"
-"""What a source that is part of a package begins with."""
 MARKS = ("mtime", "LastModified", "Last-Modified", "blob_id")
 """By what name file systems say when a file was written; Hugging Face's, what git calls it."""
 LOGIN = "; what is private there needs a token: run hf auth login, or set HF_TOKEN"

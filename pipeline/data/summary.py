@@ -10,7 +10,7 @@ from pipeline.data.config import DataConfig
 from pipeline.data.images import grid, thumbnail
 from pipeline.data.parts import Parts
 from pipeline.data.shard_list import Row, row_of
-from pipeline.data.sources import Source
+from pipeline.data.source import Source
 
 CONTACT_SHEET = "contact_sheet"
 """The name of the picture, in the ShardSet and in the MLflow run."""

@@ -18,11 +18,12 @@ import pyarrow as pa
 
 from pipeline.data.config import DataConfig
 from pipeline.data.formats import loose
-from pipeline.data.formats.common import Place
+from pipeline.data.formats.choice import format_of
 from pipeline.data.images import BadImage, decode
-from pipeline.data.pieces import Piece, format_of, look
+from pipeline.data.items import FileGroup, list_groups, look
+from pipeline.data.place import Place
 from pipeline.data.shards import split_of
-from pipeline.data.sources import list_pieces, with_labels
+from pipeline.data.source import with_labels
 from pipeline.errors import DataError
 from pipeline.seeding import key, permutation
 from pipeline.storage.refusals import explain
@@ -116,8 +117,8 @@ def survey(source: str, progress: Callable[[int, int], None] = lambda done, tota
     Raises:
         DataError: the source cannot be used, for a reason for which preprocessing would stop, too.
     """
-    place, pieces = list_pieces(source)
-    items, share = _items(pieces)
+    place, groups = list_groups(source)
+    items, share = _items(groups)
     # of the rest of the config labels do not depend
     items, class_names = with_labels(DataConfig(source=source, image_size=4, channels=3), items)
     numbers = items["number"].drop_null().to_numpy()
@@ -152,20 +153,20 @@ def survey(source: str, progress: Callable[[int, int], None] = lambda done, tota
     )
 
 
-def _items(pieces: list[Piece]) -> tuple[pa.Table, float]:
-    """ITEMS without hashes, in the order of the pieces, and the share of the source that it is."""
-    of_files = [i for i, piece in enumerate(pieces) if piece.format is loose]
-    archives = [i for i, piece in enumerate(pieces) if piece.format is not loose]
-    tables = {i: look(pieces[i], hashed=False) for i in of_files}
+def _items(groups: list[FileGroup]) -> tuple[pa.Table, float]:
+    """ITEMS without hashes, in the order of the groups, and the share of the source that it is."""
+    of_files = [i for i, group in enumerate(groups) if group.format is loose]
+    archives = [i for i, group in enumerate(groups) if group.format is not loose]
+    tables = {i: look(groups[i], hashed=False) for i in of_files}
     num_loose = sum(table.num_rows for table in tables.values())
     bytes_seen = found = 0
     for i in permutation(key(0, "survey"), len(archives)).tolist():
         if found >= MOST_IN_ARCHIVES:
             break
-        tables[archives[i]] = look(pieces[archives[i]], hashed=False)
+        tables[archives[i]] = look(groups[archives[i]], hashed=False)
         found += tables[archives[i]].num_rows
-        bytes_seen += sum(pieces[archives[i]].sizes)
-    num_bytes = sum(sum(pieces[i].sizes) for i in archives)
+        bytes_seen += sum(groups[archives[i]].sizes)
+    num_bytes = sum(sum(groups[i].sizes) for i in archives)
     items = pa.concat_tables(tables[i] for i in sorted(tables)).combine_chunks()
     if bytes_seen == num_bytes or not items.num_rows:
         return items, 1.0

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.batches import Batch, Batches, prefetch
+from pipeline.data.batches import Batch, Batches
+from pipeline.data.prefetch import prefetch
 from pipeline.data.shards import NO_LABEL
 from pipeline.device import is_apart
 from pipeline.seeding import key, normal
@@ -52,7 +53,7 @@ def step_inputs(
         made = draw_inputs(batches.at(step), num_classes, batches.shuffle.seed)
         return made.pinned() if is_apart(device) else made
 
-    return prefetch(make, start, stop)
+    return prefetch(make, range(start, stop))
 
 
 def draw_inputs(batch: Batch, num_classes: int, seed: int) -> StepInputs:

@@ -29,7 +29,7 @@ MANY = 20_000
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
-    from pipeline.data.pieces import LookInto, Piece
+    from pipeline.data.items import FileGroup, LookInto
     from tasks.stages.plan import Plan
 
 
@@ -82,9 +82,9 @@ def _run_stages(
             cluster.check_shared(own)
             logging.info("the logs of Ray are in %s", ray_logs)
 
-        def look_into(pieces: list["Piece"], keep_in: str | None) -> Iterator[tuple[int, Any]]:
+        def look_into(groups: list["FileGroup"], keep_in: str | None) -> Iterator[tuple[int, Any]]:
             start_ray()
-            return look_on_cluster(pieces, keep_in)
+            return look_on_cluster(groups, keep_in)
 
         plan = _plan_visibly(config, tracking_uri, target, look_into)
         print_plan(plan)

@@ -11,7 +11,7 @@ from pipeline import storage
 from pipeline.config import RunConfig
 from pipeline.data.config import SCANNED, DataConfig
 from pipeline.data.preprocess import SHARD_SET_FORMAT
-from pipeline.data.sources import scan
+from pipeline.data.source import scan
 from pipeline.registry.runs import TrackedRun
 from pipeline.registry.versions import find_version, read_reference
 from tasks.stages.plan import Plan

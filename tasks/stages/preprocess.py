@@ -20,11 +20,11 @@ from pipeline import storage
 from pipeline.data import shard_list
 from pipeline.data.config import DataConfig
 from pipeline.data.input_shards import InputShard, cut
+from pipeline.data.items import FileGroup, look
 from pipeline.data.parts import Parts
-from pipeline.data.pieces import Piece, look
 from pipeline.data.preprocess import preprocess_shard, record_uri, shard_digest
 from pipeline.data.shards import part_path
-from pipeline.data.sources import Source
+from pipeline.data.source import Source
 from pipeline.data.summary import (
     CONTACT_SHEET,
     Tally,
@@ -50,9 +50,9 @@ _look_task = ray.remote(max_retries=3)(look)
 _preprocess_task = ray.remote(max_retries=3)(preprocess_shard)
 
 
-def look_on_cluster(pieces: list[Piece], keep_in: str | None) -> Iterator[tuple[int, pa.Table]]:
-    """`LookInto` of pipeline.data.pieces, in tasks."""
-    return in_flight.results(_look_task, [(piece, keep_in) for piece in pieces])
+def look_on_cluster(groups: list[FileGroup], keep_in: str | None) -> Iterator[tuple[int, pa.Table]]:
+    """`LookInto` of pipeline.data.items, in tasks."""
+    return in_flight.results(_look_task, [(group, keep_in) for group in groups])
 
 
 def run(ctx: StageContext) -> Outcome:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pipeline.config import RunConfig
-from pipeline.data.pieces import LookInto, look_on_threads
+from pipeline.data.items import LookInto, look_on_threads
 from pipeline.registry.runs import TrackedRun
 from pipeline.storage import FileEntry
 

@@ -24,7 +24,7 @@ from pipeline.config import load_config
 from pipeline.data.config import DataConfig
 from pipeline.data.images import decode
 from pipeline.data.input_shards import cut, read
-from pipeline.data.sources import scan
+from pipeline.data.source import scan
 from pipeline.evaluation.extractors import load_extractor
 from pipeline.evaluation.figures import compare, gather
 from pipeline.evaluation.real_images import read_train

@@ -38,10 +38,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.data.batches import Batches, FullShuffle, Shuffle, prefetch
+from pipeline.data.batches import Batches, FullShuffle, Shuffle
 from pipeline.data.cache import memory_mapped
 from pipeline.data.order import WindowedOrder, global_batch
 from pipeline.data.parts import read_parts
+from pipeline.data.prefetch import prefetch
 from pipeline.data.shards import ROW_GROUP_SIZE
 from pipeline.data.windows import WindowedShuffle
 from tests.benchmarks import load_batches_peers as peers
@@ -139,7 +140,7 @@ def ours(what: str, folder: str, ahead: int) -> peers.Epoch:
         nonlocal step
         start, step = step, step + num_batches
         steps = range(start, step)
-        for batch in prefetch(batches.at, start, step) if ahead else map(batches.at, steps):
+        for batch in prefetch(batches.at, steps) if ahead else map(batches.at, steps):
             yield batch.pixels, batch.labels
 
     return epoch

@@ -55,10 +55,10 @@ from pipeline.config import RunConfig, load_config
 from pipeline.data.config import DataConfig
 from pipeline.data.images import decode
 from pipeline.data.input_shards import InputShard, cut
+from pipeline.data.items import FileGroup, group_files, look
 from pipeline.data.listing import list_files
-from pipeline.data.pieces import Piece, look, pieces_of
 from pipeline.data.preprocess import preprocess_shard
-from pipeline.data.sources import Source, scan
+from pipeline.data.source import Source, scan
 from tests.benchmarks import program
 from tests.benchmarks.own_ray import run_stage, started_ray
 from tests.benchmarks.processes import at_once
@@ -219,7 +219,7 @@ def floor_at_once(source: str) -> float:
 
 def look_and_preprocess(
     first: int,
-    pieces: list[Piece],
+    groups: list[FileGroup],
     shards: list[InputShard],
     source: Source,
     config: DataConfig,
@@ -229,16 +229,16 @@ def look_and_preprocess(
     """The seconds that it takes to look into a part of the files, and our task for as many shards.
 
     Args:
-        first: of the pieces and of the shards; then each WORKERS-th. There may be none for it.
+        first: of the groups and of the shards; then each WORKERS-th. There may be none for it.
         ready: waited for before either.
     """
     one_image = replace(shards[0], items=shards[0].items.slice(0, 1))
-    look(pieces[0])  # imports what it needs, as does the next
+    look(groups[0])  # imports what it needs, as does the next
     preprocess_shard(one_image, config, source.class_names, f"{folder}/first-{first}")
     ready.wait()
     begin = time.perf_counter()
-    for piece in pieces[first::WORKERS]:
-        look(piece, f"{folder}/index")
+    for group in groups[first::WORKERS]:
+        look(group, f"{folder}/index")
     ready.wait()
     for shard in shards[first::WORKERS]:
         preprocess_shard(shard, config, source.class_names, folder)
@@ -249,9 +249,9 @@ def same_work_at_once(source: str, folder: Path) -> float:
     """Of all that the promises ask for in as many processes as workers; the listing is left out."""
     out = f"{folder}/{time.monotonic_ns()}"
     config = config_of(source, out).data
-    pieces, scanned = pieces_of(*list_files(source)), scan(config)
+    groups, scanned = group_files(*list_files(source)), scan(config)
     shards = cut(scanned, config.images_per_shard)
-    work = [(i, pieces, shards, scanned, config, out) for i in range(WORKERS)]
+    work = [(i, groups, shards, scanned, config, out) for i in range(WORKERS)]
     return max(at_once(look_and_preprocess, work))
 
 

@@ -45,7 +45,7 @@ from pipeline.data.order import WindowedOrder
 from pipeline.data.parts import read_parts
 from pipeline.data.preprocess import preprocess_shard
 from pipeline.data.shards import part_path
-from pipeline.data.sources import scan
+from pipeline.data.source import scan
 from pipeline.data.summary import SHEET_PARTS
 from pipeline.storage import FileEntry, Manifest
 from tests.benchmarks import program

@@ -8,7 +8,7 @@ from mlflow.tracking import MlflowClient
 
 from pipeline import storage
 from pipeline.data.config import DataConfig
-from pipeline.data.sources import scan
+from pipeline.data.source import scan
 from tests.conftest import HANG, Workplace, tiny_command, wait_for
 from tests.s3 import STUMBLES, Unreliable, stumble
 from tests.servers import (

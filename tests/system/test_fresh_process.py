@@ -7,7 +7,7 @@ import tomllib
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
-from pipeline.data.sources import scan
+from pipeline.data.source import scan
 from tests.conftest import ENVIRONMENT, HANG, ROOT, Workplace, tiny_command
 from tests.hub import Hub
 from tests.unit.test_hub import config, folder, hub  # noqa: F401
@@ -91,7 +91,7 @@ def test_a_private_repository_is_read_with_the_token_of_the_environment(
     """In a process of its own: huggingface_hub looks at the environment when it is imported."""
     hub.token = "hf_secret"
     code = (
-        "from pipeline.data.sources import DataConfig, scan\n"
+        "from pipeline.data.source import DataConfig, scan\n"
         f"print(scan(DataConfig(source='{hub.uri}/train', image_size=8, channels=3)).fingerprint)"
     )
     variables = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(folder)}

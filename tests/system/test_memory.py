@@ -55,7 +55,7 @@ from pathlib import Path
 from pipeline.data.input_shards import cut
 from pipeline.data.parts import Parts
 from pipeline.data.preprocess import preprocess_shard
-from pipeline.data.sources import DataConfig, scan
+from pipeline.data.source import DataConfig, scan
 
 def peak():  # resource's is never below that of the process that started this one
     lines = Path("/proc/self/status").read_text().splitlines()

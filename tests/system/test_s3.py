@@ -21,12 +21,13 @@ from PIL import Image
 from pipeline import storage
 from pipeline.config import load_config
 from pipeline.data import shard_list
-from pipeline.data.batches import Batches, prefetch
+from pipeline.data.batches import Batches
 from pipeline.data.config import DataConfig
 from pipeline.data.input_shards import cut, read
 from pipeline.data.parts import Parts, read_parts
+from pipeline.data.prefetch import prefetch
 from pipeline.data.preprocess import preprocess_shard
-from pipeline.data.sources import scan
+from pipeline.data.source import scan
 from pipeline.data.windows import WindowedShuffle
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import lease
@@ -294,7 +295,7 @@ def two_epochs(parts: Parts) -> list[tuple[bytes, list[int]]]:
     """(pixels, labels) of the batches as training reads them, in windows."""
     steps = -(-2 * int(parts.num_images.sum()) // 8)
     with contextlib.closing(WindowedShuffle(parts, 5, 8, window=24, lanes=2)) as shuffle:
-        batches = prefetch(Batches(shuffle).at, 0, steps)
+        batches = prefetch(Batches(shuffle).at, range(steps))
         return [(batch.pixels.numpy().tobytes(), batch.labels.tolist()) for batch in batches]
 
 

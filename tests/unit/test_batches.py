@@ -18,10 +18,11 @@ import torch
 from pipeline.data import cache as cache_module
 from pipeline.data import shard_list
 from pipeline.data.augment import Augmentation, augment
-from pipeline.data.batches import Batch, Batches, FullShuffle, drop_labels, prefetch
+from pipeline.data.batches import Batch, Batches, FullShuffle, drop_labels
 from pipeline.data.cache import memory_mapped
 from pipeline.data.order import WindowedOrder, global_batch
 from pipeline.data.parts import Part, Parts, choose, images_at, keys_at, read_parts
+from pipeline.data.prefetch import prefetch
 from pipeline.data.shards import NO_LABEL, part_path
 from pipeline.data.windows import WindowedShuffle
 from pipeline.errors import CorruptArtifact, DataError, StorageError
@@ -239,14 +240,14 @@ def test_an_image_of_one_pixel_survives_augmentation() -> None:
 
 
 def threads() -> list[str]:
-    names = ("batches", "windows")
+    names = ("prefetch", "windows")
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 9), (3, 9), (0, 2), (4, 4)])
 def test_prefetched_batches_are_those_of_their_steps(start: int, stop: int) -> None:
     batches = Batches(full(10, 8))
-    coming = list(prefetch(batches.at, start, stop, depth=3))
+    coming = list(prefetch(batches.at, range(start, stop), depth=3))
     assert [batch.step for batch in coming] == list(range(start, stop))
     for batch in coming:
         assert torch.equal(batch.pixels, batches.at(batch.step).pixels)
@@ -269,7 +270,7 @@ class Counted(FullShuffle):
 
 def test_prefetch_is_ahead_by_its_depth_and_no_further() -> None:
     shuffle = Counted(numbered(10), np.arange(10), 0, 2)
-    coming = prefetch(Batches(shuffle).at, 0, 100, depth=3)
+    coming = prefetch(Batches(shuffle).at, range(100), depth=3)
     for _ in range(5):
         next(coming)
     wait_for(lambda: shuffle.asked == 8, "the batches ahead")
@@ -282,7 +283,7 @@ def test_prefetch_is_ahead_by_its_depth_and_no_further() -> None:
 def test_a_closed_prefetch_makes_no_more_batches() -> None:
     shuffle = Counted(numbered(10), np.arange(10), 0, 2)
     shuffle.slow = 1
-    coming = prefetch(Batches(shuffle).at, 0, 100, depth=20)
+    coming = prefetch(Batches(shuffle).at, range(100), depth=20)
     next(coming)
     coming.close()
     assert shuffle.asked < 21
@@ -292,7 +293,7 @@ def test_a_closed_prefetch_makes_no_more_batches() -> None:
 def test_an_error_is_raised_at_the_batch_that_it_concerns() -> None:
     shuffle = Counted(numbered(10), np.arange(10), 0, 2)
     shuffle.bad = 2
-    coming = prefetch(Batches(shuffle).at, 0, 100)
+    coming = prefetch(Batches(shuffle).at, range(100))
     assert [next(coming).step, next(coming).step] == [0, 1]
     with pytest.raises(CorruptArtifact, match="bad"):
         next(coming)
@@ -587,7 +588,7 @@ def test_windowed_batches_resume_at_any_step_and_leave_no_thread(shard_set: str)
         shuffle = WindowedShuffle(read_parts(shard_set, "train"), 4, 8, 64, 4)
         batches = Batches(shuffle, 1, 2, 0.5, Augmentation(0.5, 0.0, 1))
         try:
-            return list(prefetch(batches.at, start, 80))
+            return list(prefetch(batches.at, range(start, 80)))
         finally:
             shuffle.close()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data import input_shards, sources
+from pipeline.data import input_shards, source
 from pipeline.data.images import to_unit
 from pipeline.data.shards import NO_LABEL, ImageSet
 from pipeline.evaluation.features import (
@@ -23,8 +23,8 @@ from tests.unit.test_engine import make_model
 
 def digits() -> tuple[ImageSet, ImageSet]:
     """The real digits, the first 300 held out."""
-    config = sources.DataConfig(source="builtin:digits", image_size=8, channels=1)
-    (shard,) = input_shards.cut(sources.scan(config), 4000)
+    config = source.DataConfig(source="builtin:digits", image_size=8, channels=1)
+    (shard,) = input_shards.cut(source.scan(config), 4000)
     items, raws = zip(*input_shards.read(shard), strict=True)
     images = np.stack([np.asarray(raw) for raw in raws])
     labels = np.array([item.label for item in items])

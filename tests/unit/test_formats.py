@@ -25,7 +25,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.data.formats import arrays, cifar, digits, idx, loose, parquet, tar_files, zip_files
-from pipeline.data.formats.common import Member, Place, read_up_to
+from pipeline.data.formats.common import Member, read_up_to
+from pipeline.data.place import Place
 from pipeline.data.shards import encode_part
 from pipeline.errors import DataError
 from pipeline.storage import sha256

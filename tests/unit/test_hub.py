@@ -16,11 +16,11 @@ from fsspec.registry import _registry, known_implementations
 from PIL import Image
 
 from pipeline import storage
+from pipeline.data import place
 from pipeline.data.config import DataConfig
-from pipeline.data.formats import common
 from pipeline.data.input_shards import cut, read
 from pipeline.data.listing import absolute
-from pipeline.data.sources import Source, scan
+from pipeline.data.source import Source, scan
 from pipeline.errors import DataError
 from tests import needs
 from tests.hub import Hub
@@ -92,7 +92,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def as_a_new_process() -> None:
     """Forget what earlier calls saw, as a Ray worker does not know it."""
     huggingface_hub.HfFileSystem.clear_instance_cache()
-    common._open.cache_clear()
+    place._open.cache_clear()
 
 
 def config(source: object, **more: Any) -> DataConfig:

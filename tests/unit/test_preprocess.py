@@ -25,7 +25,7 @@ from pipeline.data.parts import Parts
 from pipeline.data.preprocess import preprocess_shard, record_uri
 from pipeline.data.shard_list import SHARDS
 from pipeline.data.shards import encode_part, images_of, part_path
-from pipeline.data.sources import scan
+from pipeline.data.source import scan
 from pipeline.data.summary import Tally, contact_sheet, left_out, summary
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import Manifest

@@ -19,13 +19,15 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
-from pipeline.data import pieces
+from pipeline.data import items
 from pipeline.data.config import DataConfig
 from pipeline.data.formats import loose
-from pipeline.data.formats.common import Place
+from pipeline.data.formats.choice import format_of
 from pipeline.data.input_shards import cut, read
 from pipeline.data.listing import absolute, list_files
-from pipeline.data.sources import Source, scan
+from pipeline.data.place import Place
+from pipeline.data.runs import runs
+from pipeline.data.source import Source, scan
 from pipeline.errors import DataError, StorageError
 from tests import needs
 from tests.conftest import ROOT
@@ -280,7 +282,7 @@ def test_a_second_scan_reads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(*_: object, **__: object) -> Any:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(pieces, "look", refuse)
+    monkeypatch.setattr(items, "look", refuse)
     again = scan(config(tmp_path / "set"), index)
     assert again.fingerprint == first.fingerprint
     assert again.items.equals(first.items)
@@ -394,8 +396,8 @@ def test_a_damaged_memory_of_a_scan_is_made_anew(tmp_path: Path) -> None:
         spoiled = bytearray(sound)
         spoiled[place] ^= 1 << place % 8
         path.write_bytes(spoiled if place % 2 else sound[:place])
-        (piece,) = pieces.pieces_of(*list_files(str(tmp_path / "set")))
-        assert pieces.recall(piece, str(index)) is None, place
+        (group,) = items.group_files(*list_files(str(tmp_path / "set")))
+        assert items.recall(group, str(index)) is None, place
     again = scan(config(tmp_path / "set"), str(index), remember=True)
     assert again.items.equals(first.items)
     assert path.read_bytes() == sound
@@ -519,18 +521,18 @@ def test_images_that_cannot_be_read_are_no_duplicates_of_each_other(tmp_path: Pa
 
 
 def cut_keys(keys: list[str], mean: int) -> list[list[str]]:
-    return [keys[run.start : run.stop] for run in pieces.runs(keys, mean)]
+    return [keys[run.start : run.stop] for run in runs(keys, mean)]
 
 
 @pytest.mark.parametrize("mean", [1, 2, 7, 64, 1000])
 def test_shards_hold_all_in_order_and_from_half_to_twice_the_mean(mean: int) -> None:
     keys = [f"{i:05d}.png" for i in range(5000)]
-    runs = cut_keys(keys, mean)
-    assert [key for run in runs for key in run] == keys
-    assert all(max(1, mean // 2) <= len(run) <= 2 * mean for run in runs[:-1])
-    assert 0 < len(runs[-1]) <= 2 * mean
+    found = cut_keys(keys, mean)
+    assert [key for run in found for key in run] == keys
+    assert all(max(1, mean // 2) <= len(run) <= 2 * mean for run in found[:-1])
+    assert 0 < len(found[-1]) <= 2 * mean
     if mean < 1000:
-        assert len(keys) / len(runs) == pytest.approx(mean, rel=0.2)
+        assert len(keys) / len(found) == pytest.approx(mean, rel=0.2)
     assert cut_keys([], mean) == []
 
 
@@ -577,8 +579,8 @@ def test_the_listing_is_sorted_and_has_no_hidden_files(tmp_path: Path) -> None:
     assert place.uri == str(tmp_path)
     names = [file.name for file in files]
     assert names == sorted(names) == [*sorted(LABELS)[:2], "dogs/c.webp", "dogs/notes.txt", "e.png"]
-    assert pieces.format_of(place, "a.PNG") is loose
-    assert pieces.format_of(place, "a.txt") is None
+    assert format_of(place, "a.PNG") is loose
+    assert format_of(place, "a.txt") is None
 
 
 def test_of_a_shard_set_the_parts_are_the_images(tmp_path: Path) -> None:

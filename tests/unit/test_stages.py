@@ -10,7 +10,7 @@ from pipeline import storage
 from pipeline.data.config import NOT_IN_PARTS, SCANNED, DataConfig
 from pipeline.data.input_shards import cut
 from pipeline.data.preprocess import shard_digest
-from pipeline.data.sources import scan
+from pipeline.data.source import scan
 from pipeline.errors import ConfigError
 from tasks.stages import train
 from tasks.stages.declarations import LAST, STAGES

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.data import survey as module
 from pipeline.data.config import DataConfig
-from pipeline.data.sources import scan
+from pipeline.data.source import scan
 from pipeline.data.survey import survey
 from pipeline.errors import DataError
 from tests.unit.test_formats import idx_bytes

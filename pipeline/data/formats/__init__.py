@@ -1,4 +1,4 @@
-"""The kinds of file that images come in, one module each; sources.py chooses by the file's name.
+"""The kinds of file that images come in, one module each; choice.py chooses by the file's name.
 
 Each module has two functions:
 

@@ -16,15 +16,9 @@ from typing import IO
 
 import numpy as np
 
-from pipeline.data.formats.common import (
-    Member,
-    Place,
-    label_of,
-    pixels_at,
-    read_up_to,
-    rows,
-)
+from pipeline.data.formats.common import Member, label_of, pixels_at, read_up_to, rows
 from pipeline.data.formats.zip_files import DAMAGE, opened, refusal
+from pipeline.data.place import Place
 from pipeline.storage import sha256
 
 RULE = "uint8 of the shape (N, H, W) or (N, H, W, C) with C of 1, 3 or 4, in C order"

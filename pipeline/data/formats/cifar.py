@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.data.formats.common import Member, Place, read_up_to
+from pipeline.data.formats.common import Member, read_up_to
+from pipeline.data.place import Place
 from pipeline.storage import sha256
 
 PIXELS = 3 * 32 * 32

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.data.formats.common import Member, Place
+from pipeline.data.formats.common import Member
+from pipeline.data.place import Place
 from pipeline.storage import sha256
 
 

@@ -10,7 +10,8 @@ from typing import IO
 
 import numpy as np
 
-from pipeline.data.formats.common import Member, Place, pixels_at, rows
+from pipeline.data.formats.common import Member, pixels_at, rows
+from pipeline.data.place import Place
 from pipeline.storage import sha256
 
 IMAGES = re.compile(r"(.+)-images([-.])idx3-ubyte(\.gz)?", re.IGNORECASE)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from pipeline.data.formats.common import UNREADABLE, Member, Place, why_unreadable
+from pipeline.data.formats.common import Member
+from pipeline.data.place import UNREADABLE, Place, why_unreadable
 from pipeline.storage import sha256
 
 

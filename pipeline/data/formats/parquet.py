@@ -18,13 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.formats.common import (
-    MAX_IMAGE_BYTES,
-    TOO_LARGE,
-    Member,
-    Place,
-    label_of,
-)
+from pipeline.data.formats.common import MAX_IMAGE_BYTES, TOO_LARGE, Member, label_of
+from pipeline.data.place import Place
 from pipeline.data.shards import NO_LABEL
 from pipeline.storage import sha256
 

@@ -20,13 +20,13 @@ from pipeline.data.formats.common import (
     TOO_LARGE,
     TWICE,
     Member,
-    Place,
     folder_of,
     is_image,
     label_of,
     leads_out,
     read_up_to,
 )
+from pipeline.data.place import Place
 from pipeline.storage import sha256
 
 LABELS = "dataset.json"

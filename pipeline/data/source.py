@@ -1,14 +1,12 @@
 """Where images come from: what there is, with the label and a hash of each.
 
-A source is scanned once: its files are listed, each is looked into (pieces.py), and the images, in
-the order in which they lie in their files, get their final labels. input_shards.py cuts them into
-shards, each of which is read by whoever preprocesses it.
+A source is scanned once: its files are listed (listing.py), each is looked into (items.py), and the
+images, in the order in which they lie in their files, get their final labels. input_shards.py cuts
+them into shards, each of which is read by whoever preprocesses it.
 """
 
-import functools
 import hashlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +16,12 @@ import pyarrow.compute as pc
 
 from pipeline import storage
 from pipeline.data.config import DataConfig
-from pipeline.data.formats.common import IMAGE_SUFFIXES, Place
+from pipeline.data.items import LookInto, find_items, list_groups, look_on_threads, values_of
 from pipeline.data.labels import Label, find_label, read_labels
-from pipeline.data.listing import BUILTIN, list_files
-from pipeline.data.pieces import (
-    FORMATS,
-    LookInto,
-    Piece,
-    look_on_threads,
-    pieces_of,
-    recall,
-)
+from pipeline.data.place import Place
 from pipeline.errors import DataError
 
 MAX_CLASSES = 2**20
-VALUES_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -66,72 +55,18 @@ def scan(
             again while their size and modification mark are the same.
         remember: add to that folder.
         progress: called with the number of files looked into, and of all.
-        look_into: how to look into files that are not known, where there is more than one piece.
+        look_into: how to look into files that are not known, where there is more than one group.
 
     Raises:
         DataError: the source is missing, damaged or holds no image; or its labels do not fit.
     """
-    place, pieces = list_pieces(config.source)
-    items = _items(pieces, index_folder, remember, progress, look_into)
+    place, groups = list_groups(config.source)
+    items = find_items(groups, index_folder, remember, progress, look_into)
     items, class_names = with_labels(config, items)
     kept, duplicates = _without_duplicates(items) if config.drop_duplicates else (items, [])
     return Source(
         config.source, place, class_names, kept, duplicates, _fingerprint(items, class_names)
     )
-
-
-def list_pieces(source: str) -> tuple[Place, list[Piece]]:
-    """The place of a source, and its files by what reads them together.
-
-    Raises:
-        DataError: the source is missing, or no file in it can hold images.
-    """
-    place, files = list_files(source)
-    pieces = pieces_of(place, files)
-    if not pieces:
-        raise DataError(
-            f"data.source={source!r} holds no image ({len(files)} files looked at; images "
-            f"end in {', '.join(IMAGE_SUFFIXES)}, archives and arrays in "
-            f"{', '.join(suffix for suffixes, _ in FORMATS for suffix in suffixes)})"
-        )
-    return place, pieces
-
-
-def _items(
-    pieces: list[Piece],
-    index_folder: str | None,
-    remember: bool,
-    progress: Callable[[int, int], None],
-    look_into: LookInto,
-) -> pa.Table:
-    """ITEMS of all pieces, in their order."""
-    if pieces[0].place.uri == BUILTIN:  # another version of its package may have other images
-        index_folder = None
-    tables: dict[int, pa.Table] = {}
-    num_files, done = sum(len(piece.names) for piece in pieces), 0
-
-    def found(i: int, table: pa.Table) -> None:
-        nonlocal done
-        tables[i] = table
-        done += len(pieces[i].names)
-        progress(done, num_files)
-
-    progress(0, num_files)
-    if index_folder is not None:
-        recalled = functools.partial(recall, folder=index_folder)
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            for i, table in enumerate(pool.map(recalled, pieces)):
-                if table is not None:
-                    found(i, table)
-    unknown = [i for i in range(len(pieces)) if i not in tables]
-    if len(unknown) == 1:  # there is nothing to share out
-        look_into = look_on_threads
-    keep_in = index_folder if remember else None
-    if unknown:
-        for j, table in look_into([pieces[i] for i in unknown], keep_in):
-            found(unknown[j], table)
-    # a slice of many chunks, of which there are as many as shards, is found by counting them
-    return pa.concat_tables(tables.pop(i) for i in range(len(pieces))).combine_chunks()
 
 
 # --- labels, duplicates, identity ---------------------------------------------------------------
@@ -196,13 +131,6 @@ def _with(items: pa.Table, **columns: Any) -> pa.Table:
     for name, column in columns.items():
         items = items.set_column(items.schema.get_field_index(name), name, column)
     return items
-
-
-def values_of(column: pa.ChunkedArray) -> Iterator[Any]:
-    """The values of a column as Python has them, which takes ten times the memory: few at once."""
-    for chunk in column.chunks:
-        for start in range(0, len(chunk), VALUES_AT_ONCE):
-            yield from chunk.slice(start, VALUES_AT_ONCE).to_pylist()
 
 
 def _without_duplicates(items: pa.Table) -> tuple[pa.Table, list[tuple[str, str]]]:
