@@ -27,7 +27,7 @@ from pipeline.data.runs import runs
 from pipeline.errors import DataError
 
 LOOSE_FILES_PER_GROUP = 1024
-ITEMS_FORMAT = 2
+ITEMS_FORMAT = 3
 """Raised when the formats find something else in the same files."""
 SHA256_BYTES = 32
 VALUES_AT_ONCE = 2**16

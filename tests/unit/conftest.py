@@ -2,6 +2,7 @@
 
 import os
 import sys
+import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ import pytest
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.data.place import Place
 
 HERE = Path(__file__).parent
 COMPILERS = {"c++", "g++", "gcc", "cc", "ninja", "ld", "ldconfig", "uname", "which"}
@@ -46,3 +49,27 @@ def device() -> Iterator["torch.device"]:
 
     with opened() as there:
         yield there
+
+
+@pytest.fixture(params=["local", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator["Place"]:
+    """An empty folder, on two file systems."""
+    from fsspec.core import url_to_fs
+
+    from pipeline.data.place import Place
+
+    if request.param == "local":
+        yield Place(str(tmp_path))
+        return
+    uri = f"memory://{uuid.uuid4().hex}"
+    yield Place(uri)
+    fs, root = url_to_fs(uri)
+    if fs.exists(root):
+        fs.rm(root, recursive=True)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> "Place":
+    from pipeline.data.place import Place
+
+    return Place(str(tmp_path))

@@ -16,8 +16,8 @@ from typing import IO
 
 import numpy as np
 
-from pipeline.data.formats.common import Member, label_of, pixels_at, read_up_to, rows
-from pipeline.data.formats.zip_files import DAMAGE, opened, refusal
+from pipeline.data.formats.common import Member, label_of, read_pixels, read_up_to, rows
+from pipeline.data.formats.zip_files import DAMAGE, opened
 from pipeline.data.place import Place
 from pipeline.storage import sha256
 
@@ -63,13 +63,21 @@ def index(place: Place, name: str, hashed: bool = True) -> Iterator[Member]:
 
 
 def read(place: Place, name: str, wheres: list[tuple[int, ...]]) -> Iterator[np.ndarray]:
-    """Each image from its place; in a compressed .npz what lies before it is decompressed."""
-    if _is_npz(name):
-        yield from _read_npz(place, name, wheres)
+    """Each image from its place; in a compressed .npz what lies before it is decompressed.
+
+    In an .npz, `where` begins with the number of the array in the archive.
+    """
+    if not _is_npz(name):
+        with place.explained(name), place.open(name) as file:
+            yield from read_pixels(place, name, file, wheres)
         return
-    with place.explained(name), place.open(name) as file:
-        for where in wheres:
-            yield pixels_at(place, name, file, where)
+    with place.explained(name, *DAMAGE), opened(place, name) as (_, archive):
+        entries = archive.infolist()
+        for number, run in itertools.groupby(wheres, key=lambda where: where[0]):
+            if number >= len(entries):
+                raise place.changed(name)
+            with archive.open(entries[number]) as entry:
+                yield from read_pixels(place, name, entry, (where[1:] for where in run))
 
 
 def _is_npz(name: str) -> bool:
@@ -78,13 +86,10 @@ def _is_npz(name: str) -> bool:
 
 def _index_npz(place: Place, name: str, hashed: bool) -> Iterator[Member]:
     with place.explained(name, *DAMAGE), opened(place, name) as (_, archive):
-        headers = {}
-        numbers = {}  # of the entries in the archive
+        headers, numbers = {}, {}  # by the name of the array; its number in the archive
         for number, info in enumerate(archive.infolist()):
             array, suffix, _ = info.filename.rpartition(".npy")
             if suffix:
-                if reason := refusal(info):
-                    raise place.error(f"{name}/{info.filename}", f"cannot be read: {reason}")
                 with archive.open(info) as file:
                     headers[array] = _header(place, f"{name}/{info.filename}", file)
                 numbers[array] = number
@@ -98,22 +103,8 @@ def _index_npz(place: Place, name: str, hashed: bool) -> Iterator[Member]:
                 file.seek(headers[array].size)
                 found_images = _images(place, f"{name}/{array}.npy", file, headers[array], hashed)
                 for i, (digest, where) in enumerate(found_images):
-                    label = next(labels) if labels else None
+                    label = None if labels is None else label_of(int(labels[i]))
                     yield Member(f"{array}/{i:05d}", label, digest, (numbers[array], *where))
-            if labels:
-                next(labels, None)  # they must end here as well
-
-
-def _read_npz(place: Place, name: str, wheres: list[tuple[int, ...]]) -> Iterator[np.ndarray]:
-    """`where` begins with the number of the entry in the archive."""
-    with place.explained(name, *DAMAGE), opened(place, name) as (_, archive):
-        entries = archive.infolist()
-        for number, run in itertools.groupby(wheres, key=lambda where: where[0]):
-            if number >= len(entries):
-                raise place.changed(name)
-            with archive.open(entries[number]) as file:
-                for where in run:
-                    yield pixels_at(place, name, file, where[1:])
 
 
 def _images(
@@ -129,7 +120,7 @@ def _images(
 
 def _labels(
     place: Place, name: str, archive: zipfile.ZipFile, headers: dict[str, Header], images: str
-) -> Iterator[int | str | None] | None:
+) -> np.ndarray | None:
     """The labels of an array of images, None if the archive has none.
 
     Raises:
@@ -145,15 +136,11 @@ def _labels(
             f"has {count} images in {images}, but the labels in {array} are {header}: labels are "
             f"whole numbers of the shape ({count},) or ({count}, 1)",
         )
-
-    def values() -> Iterator[int | str | None]:
-        with archive.open(f"{array}.npy") as file:
-            file.seek(header.size)
-            shape = (count, header.dtype.itemsize)
-            for row in rows(place, f"{name}/{array}.npy", file, shape):
-                yield label_of(int(np.frombuffer(row, header.dtype)[0]))
-
-    return values()
+    with archive.open(f"{array}.npy") as file:
+        file.seek(header.size)
+        shape = (count, header.dtype.itemsize)
+        raw = b"".join(rows(place, f"{name}/{array}.npy", file, shape))
+    return np.frombuffer(raw, header.dtype)
 
 
 def _label_names(images: str) -> Iterator[str]:

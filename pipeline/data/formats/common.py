@@ -1,7 +1,7 @@
 """What the formats share: what is said of an image in a file, and how images are read from one."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO
@@ -9,7 +9,6 @@ from typing import IO
 import numpy as np
 
 from pipeline.data.place import Place
-from pipeline.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_IMAGE_BYTES = 2**30
@@ -55,8 +54,6 @@ def label_of(value: int | str) -> int | str | None:
 
 # --- archives: images that have a path ----------------------------------------------------------
 
-LEADS_OUT = "its name leads out of the archive"
-TWICE = "the archive holds this name twice"
 TOO_LARGE = f"it has more than {MAX_IMAGE_BYTES:,} bytes"
 
 
@@ -66,8 +63,15 @@ def is_image(path: PurePosixPath) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
 
 
-def leads_out(path: PurePosixPath) -> bool:
-    return path.is_absolute() or ".." in path.parts
+def refusal(path: PurePosixPath, size: int, seen: set[str]) -> str:
+    """Why an image of an archive is not read, empty if it is; its path is added to those seen."""
+    twice = str(path) in seen
+    seen.add(str(path))
+    if path.is_absolute() or ".." in path.parts:
+        return "its name leads out of the archive"
+    if twice:
+        return "the archive holds this name twice"
+    return TOO_LARGE if size > MAX_IMAGE_BYTES else ""
 
 
 def folder_of(path: PurePosixPath) -> str | None:
@@ -84,40 +88,32 @@ def rows(place: Place, name: str, file: IO[bytes], shape: tuple[int, ...]) -> It
     Raises:
         DataError: there is nothing in it, or the file has more or less than `shape` announces.
     """
-    total, size = math.prod(shape), math.prod(shape[1:])
-    announced = f"{total} ({' x '.join(map(str, shape))})"
-    if not total:
-        raise place.error(name, f"holds no image: it has the shape {shape}")
+    size = math.prod(shape[1:])
+    announced = f"its header announces {' x '.join(map(str, shape))}"
+    if not math.prod(shape):
+        raise place.error(name, f"holds no image: {announced}")
     if size > MAX_IMAGE_BYTES:
-        raise place.error(
-            name, f"announces {announced} bytes, and an image has {MAX_IMAGE_BYTES:,} at most"
-        )
-
-    def other(found: int) -> DataError:
-        return place.error(
-            name,
-            f"holds {found} bytes after its header, which announces {announced}: it is truncated "
-            "or damaged",
-        )
-
+        raise place.error(name, f"has images of {size} bytes, more than {MAX_IMAGE_BYTES:,}")
     for i in range(shape[0]):
         row = read_up_to(file, size)
         if len(row) < size:
-            raise other(i * size + len(row))
+            raise place.error(name, f"is truncated: it ends in row {i}, and {announced}")
         yield row
-    if excess := sum(len(chunk) for chunk in iter(lambda: file.read(CHUNK), b"")):
-        raise other(total + excess)
+    if file.read(1):
+        raise place.error(name, f"is damaged: it goes on behind its end, {announced}")
 
 
-def pixels_at(place: Place, name: str, file: IO[bytes], where: tuple[int, ...]) -> np.ndarray:
-    """The (H, W, C) uint8 pixels at `where` = (offset, H, W, C) of an open file.
+def read_pixels(
+    place: Place, name: str, file: IO[bytes], wheres: Iterable[tuple[int, ...]]
+) -> Iterator[np.ndarray]:
+    """The (H, W, C) uint8 pixels at each `where` = (offset, H, W, C) of an open file.
 
     Raises:
         DataError: the file ends before them.
     """
-    offset, *shape = where
-    file.seek(offset)
-    raw = read_up_to(file, math.prod(shape))
-    if len(raw) < math.prod(shape):
-        raise place.changed(name)
-    return np.frombuffer(raw, np.uint8).reshape(shape)
+    for offset, *shape in wheres:
+        file.seek(offset)
+        raw = read_up_to(file, math.prod(shape))
+        if len(raw) < math.prod(shape):
+            raise place.changed(name)
+        yield np.frombuffer(raw, np.uint8).reshape(shape)

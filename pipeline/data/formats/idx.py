@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 
-from pipeline.data.formats.common import Member, pixels_at, rows
+from pipeline.data.formats.common import Member, read_pixels, rows
 from pipeline.data.place import Place
 from pipeline.storage import sha256
 
@@ -47,8 +47,7 @@ def index(place: Place, name: str, hashed: bool = True) -> Iterator[Member]:
 def read(place: Place, name: str, wheres: list[tuple[int, ...]]) -> Iterator[np.ndarray]:
     """The images alone; what lies before them in a .gz is decompressed and dropped."""
     with place.explained(name), place.open(name, "infer") as file:
-        for where in wheres:
-            yield pixels_at(place, name, file, where)
+        yield from read_pixels(place, name, file, wheres)
 
 
 def beside(name: str) -> list[str]:

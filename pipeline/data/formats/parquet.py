@@ -26,6 +26,7 @@ from pipeline.storage import sha256
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "cls")
 BATCH = 32
 """Rows that are decoded at once: dictionaries and runs can make much of a small file."""
+LABELS_AT_ONCE = 2**16
 BUFFER_BYTES = 2**20
 """Of a column that are read at once, or a page where that is larger; else it would be what a whole
 row group has of it."""
@@ -38,8 +39,7 @@ def index(place: Place, name: str, hashed: bool = True) -> Iterator[Member]:
         columns = _columns(place, name, file.schema_arrow)
         number = itertools.count()
         for group in range(file.num_row_groups):
-            found = _values(file, group, columns, True) if hashed else _labels(file, group, columns)
-            for row, (image, label) in enumerate(found):
+            for row, (image, label) in enumerate(_values(file, group, columns, hashed, True)):
                 yield _member(f"{next(number):05d}", image, label, (group, row), columns, hashed)
 
 
@@ -48,10 +48,10 @@ def read(place: Place, name: str, wheres: list[tuple[int, ...]]) -> Iterator[byt
     with _opened(place, name) as file:
         columns = _columns(place, name, file.schema_arrow)
         for group, run in itertools.groupby(wheres, key=lambda where: where[0]):
-            values, at = _values(file, group, columns, False), -1
+            values, at = _values(file, group, columns, True, False), -1
             for _, row in run:
                 if row <= at:  # back to the beginning
-                    values, at = _values(file, group, columns, False), -1
+                    values, at = _values(file, group, columns, True, False), -1
                 image, _ = next(itertools.islice(values, row - at - 1, None), (None, None))
                 at = row
                 if image is None:
@@ -89,30 +89,29 @@ def _opened(place: Place, name: str) -> Iterator[pq.ParquetFile]:
 
 
 def _values(
-    file: pq.ParquetFile, group: int, columns: _Columns, with_label: bool
+    file: pq.ParquetFile, group: int, columns: _Columns, with_image: bool, with_label: bool
 ) -> Iterator[tuple[bytes | None, Any]]:
-    """(image, label) of each row of a row group, None for what is not there."""
-    wanted = [f"{columns.image}.bytes" if columns.is_struct else columns.image]
-    if with_label and columns.label is not None:
-        wanted.append(columns.label)
-    for batch in file.iter_batches(BATCH, row_groups=[group], columns=wanted, use_threads=False):
-        images = batch.column(columns.image)
-        labels = batch.column(columns.label) if len(wanted) > 1 else itertools.repeat(None)
-        for image, label in zip(images, labels, strict=False):
-            value = image.as_py()
-            if columns.is_struct and value is not None:
-                value = value["bytes"]
-            yield value, None if label is None else label.as_py()
+    """(image, label) of each row of a row group, None for what is not there.
 
-
-def _labels(file: pq.ParquetFile, group: int, columns: _Columns) -> Iterator[tuple[bytes, Any]]:
-    """What `_values` gives, with nothing in place of the images, which are not read."""
-    if columns.label is None:
+    What is not asked for is not read: b"" stands for each image, None for each label.
+    """
+    image = f"{columns.image}.bytes" if columns.is_struct else columns.image
+    label = columns.label if with_label else None
+    wanted = [*([image] if with_image else []), *([label] if label else [])]
+    if not wanted:
         yield from itertools.repeat((b"", None), file.metadata.row_group(group).num_rows)
         return
-    wanted = [columns.label]
-    for batch in file.iter_batches(row_groups=[group], columns=wanted, use_threads=False):
-        yield from ((b"", label) for label in batch.column(columns.label).to_pylist())
+    rows = BATCH if with_image else LABELS_AT_ONCE
+    for batch in file.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False):
+        labels = batch.column(label).to_pylist() if label else [None] * batch.num_rows
+        if not with_image:
+            yield from zip(itertools.repeat(b""), labels)
+            continue
+        for cell, value in zip(batch.column(columns.image), labels, strict=True):
+            content = cell.as_py()
+            if columns.is_struct and content is not None:
+                content = content["bytes"]
+            yield content, value
 
 
 def _member(

@@ -14,58 +14,45 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from pipeline.data.formats.common import (
-    LEADS_OUT,
-    MAX_IMAGE_BYTES,
-    TOO_LARGE,
-    TWICE,
-    Member,
-    folder_of,
-    is_image,
-    label_of,
-    leads_out,
-    read_up_to,
-)
+from pipeline.data.formats.common import Member, folder_of, is_image, label_of, read_up_to, refusal
 from pipeline.data.place import Place
 from pipeline.storage import sha256
 
 LABELS = "dataset.json"
-LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""The signature and the lengths of the name and of what follows it, before an entry's content."""
-DAMAGE = (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error)
-"""What zipfile raises on an archive that is damaged, or says that it is of a later version."""
+MAX_LABELS_BYTES = 2**30
+DAMAGE = (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, zlib.error, struct.error)
+"""What zipfile raises on what is damaged, encrypted, or compressed by a method unknown to it."""
 
 
 def index(place: Place, name: str, hashed: bool = True) -> Iterator[Member]:
     with opened(place, name) as (file, archive):
-        labels = _labels(place, name, file, archive)
+        labels = _labels(place, name, archive)
         seen: set[str] = set()
         for info in archive.infolist():
             path = PurePosixPath(info.filename)
             if not is_image(path) or info.is_dir() or stat.S_ISLNK(info.external_attr >> 16):
                 continue
-            label = folder_of(path) if labels is None else labels.get(str(path))
-            if leads_out(path) or str(path) in seen:
-                yield Member(str(path), None, "", bad=LEADS_OUT if leads_out(path) else TWICE)
+            if bad := refusal(path, max(info.file_size, info.compress_size), seen):
+                yield Member(str(path), None, "", bad=bad)
                 continue
-            seen.add(str(path))
+            label = folder_of(path) if labels is None else labels.get(str(path))
             try:
-                where = _where(file, info)
-                digest = sha256(_content(file, where, info.CRC)) if hashed else ""
-            except ValueError as reason:
-                yield Member(str(path), label, "", bad=str(reason))
-            else:
-                yield Member(str(path), label, digest, where)
+                yield Member(str(path), label, *_digest_and_where(file, archive, info, hashed))
+            except DAMAGE as error:
+                yield Member(str(path), label, "", bad=f"it cannot be read ({error})")
 
 
 def read(place: Place, name: str, wheres: list[tuple[int, ...]]) -> Iterator[bytes]:
     """The entries straight from their places; the table of contents is not read again."""
     with place.explained(name), place.open(name) as file:
-        for where in wheres:
-            try:
-                yield _content(file, where)
-            except ValueError as error:
-                raise place.changed(name) from error
+        for offset, packed, method, size in wheres:
+            file.seek(offset)
+            data = read_up_to(file, packed)
+            if method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+            if len(data) != size:
+                raise place.changed(name)
+            yield data
 
 
 @contextlib.contextmanager
@@ -94,69 +81,38 @@ def _archive(file: IO[bytes]) -> zipfile.ZipFile:
         return zipfile.ZipFile(file)
 
 
-def refusal(info: zipfile.ZipInfo) -> str:
-    """Why an entry cannot be read at all; empty if it can be."""
-    if info.flag_bits & 1:
-        return "it is encrypted"
+def _digest_and_where(
+    file: IO[bytes], archive: zipfile.ZipFile, info: zipfile.ZipInfo, hashed: bool
+) -> tuple[str, tuple[int, ...]]:
+    """The hash of an entry, and (offset of its content, bytes there, method, its own bytes).
+
+    Raises:
+        DAMAGE: it cannot be read, or is not what the archive announces.
+    """
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return f"it is compressed by method {info.compress_type}; stored and deflated are read"
-    return ""
-
-
-def _where(file: IO[bytes], info: zipfile.ZipInfo) -> tuple[int, ...]:
-    """(offset of the content, its size in the archive, method of compression, its own size).
-
-    Raises:
-        ValueError: it cannot be read, with the reason.
-    """
-    if reason := refusal(info):
-        raise ValueError(reason)
-    if max(info.file_size, info.compress_size) > MAX_IMAGE_BYTES:
-        raise ValueError(TOO_LARGE)
-    file.seek(info.header_offset)
-    header = file.read(LOCAL_HEADER.size)
-    if len(header) < LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
-        raise ValueError("its header within the archive is damaged")
-    _, name_size, extra_size = LOCAL_HEADER.unpack(header)
-    offset = info.header_offset + LOCAL_HEADER.size + name_size + extra_size
-    return offset, info.compress_size, info.compress_type, info.file_size
-
-
-def _content(file: IO[bytes], where: tuple[int, ...], crc: int | None = None) -> bytes:
-    """An entry's content, never more than its announced size is inflated.
-
-    Raises:
-        ValueError: it is damaged, with the reason.
-    """
-    offset, packed, method, size = where
-    file.seek(offset)
-    data = read_up_to(file, packed)
-    if len(data) < packed:
-        raise ValueError("the archive ends within this file: it is truncated")
-    if method == zipfile.ZIP_DEFLATED:
-        try:
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
-        except zlib.error as error:
-            raise ValueError(f"it cannot be inflated: {error}") from error
-    if len(data) != size:
-        more = "more" if len(data) > size else "less"
-        raise ValueError(f"it inflates to {more} than the {size} bytes that the archive announces")
-    if crc is not None and zlib.crc32(data) != crc:
-        raise ValueError("its content does not have the CRC that the archive announces")
-    return data
+        raise ValueError(f"compressed by method {info.compress_type}; stored and deflated are read")
+    with archive.open(info) as entry:
+        # zipfile has read the entry's header, and `file` stands behind it
+        where = (file.tell(), info.compress_size, info.compress_type, info.file_size)
+        if not hashed:
+            return "", where
+        content = read_up_to(entry, info.file_size)  # its read() alone would inflate any bomb
+    if len(content) < info.file_size:
+        raise ValueError(f"it inflates to less than the {info.file_size} bytes that are announced")
+    return sha256(content), where
 
 
 def _labels(
-    place: Place, name: str, file: IO[bytes], archive: zipfile.ZipFile
+    place: Place, name: str, archive: zipfile.ZipFile
 ) -> dict[str, int | str | None] | None:
     """Path -> label of `dataset.json`, None if there is none."""
     if LABELS not in archive.namelist():
         return None
-    info = archive.getinfo(LABELS)
     try:
-        found: Any = json.loads(_content(file, _where(file, info), info.CRC))
+        with archive.open(LABELS) as file:
+            found: Any = json.loads(read_up_to(file, MAX_LABELS_BYTES))
         pairs = dict(found["labels"] or {})
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (*DAMAGE, TypeError, KeyError) as error:
         raise place.error(
             name,
             f"holds a {LABELS} that is not as StyleGAN and EDM write it, "
