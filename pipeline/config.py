@@ -6,13 +6,13 @@ nearest one there is.
 
 import difflib
 import itertools
-import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from pipeline import yaml12
+from pipeline.bounds import bounds, number_or_bounds
 from pipeline.data.config import DataConfig
 from pipeline.diffusion.config import DiffusionConfig
 from pipeline.errors import ConfigError, RequestError
@@ -20,6 +20,7 @@ from pipeline.evaluation.config import EvaluationConfig
 from pipeline.networks.config import NetworkConfig
 from pipeline.registry.config import RegistryConfig, TrackingConfig
 from pipeline.samplers.config import SamplingConfig, check_sampling
+from pipeline.sentences import Mistake, mistakes
 from pipeline.serving.config import ServingConfig
 from pipeline.training.config import TrainingConfig, check_objective, sigma_rel_to_gamma
 
@@ -29,7 +30,7 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     address: str | None = None
     """Of a Ray cluster; by default RAY_ADDRESS, or a local Ray on this machine's cores."""
-    workers: int | list[int] = 2
+    workers: Annotated[int | list[int], number_or_bounds()] = 2
     """Data-parallel training workers; or [least, most], as many as the nodes have room for when
     they are empty."""
     cpus_per_worker: int = Field(default=1, ge=1)
@@ -46,22 +47,13 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """An absolute path: the folder where each node keeps the training images as they are mapped
     into memory; by default ray-ddpm-cache-UID among the temporary files."""
 
-    @field_validator("workers", mode="before")
-    @classmethod
-    def _workers_are_counted(cls, value: Any) -> Any:
-        counts: list[Any] = value if isinstance(value, list) else [value, value]
-        are_numbers = len(counts) == 2 and all(type(count) is int for count in counts)
-        if not are_numbers or not 1 <= counts[0] <= counts[1]:
-            raise ValueError(f"{value!r} must be a number from 1, or [least, most]")
-        return value
-
     @property
     def min_workers(self) -> int:
-        return min(self.workers) if isinstance(self.workers, list) else self.workers
+        return bounds(self.workers)[0]
 
     @property
     def max_workers(self) -> int:
-        return max(self.workers) if isinstance(self.workers, list) else self.workers
+        return bounds(self.workers)[1]
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
@@ -152,7 +144,7 @@ def load_config(path: str, overrides: list[str] | None = None) -> RunConfig:
         raise ConfigError(f"{path} is not a config file: see those in configs/") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    values = _parse_yaml(text, path)
+    values = yaml12.parse(text, path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections such as `data:` and `training:`")
     for override in overrides or []:
@@ -165,34 +157,31 @@ def validate_config(values: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = [f"{where}: {_sentence(problem)}" for problem in error.errors()]
+        lines = [f"{where}: {_sentence(mistake)}" for mistake in mistakes(error)]
         raise ConfigError("\n".join(lines)) from error
 
 
-def _sentence(problem: Any) -> str:
-    loc, of_kind = list(map(str, problem["loc"])), ""
+def _sentence(mistake: Mistake) -> str:
+    loc, of_kind = list(mistake.loc), ""
     for section in (["network"], ["evaluation", "extractor"]):  # a union, by `kind`
         if loc[: len(section)] == section and len(loc) > len(section):
             of_kind = f"{'.'.join(section)}.kind={loc.pop(len(section))}"
-    key = ".".join(loc)
-    kind, message = problem["type"], str(problem["msg"])
-    if kind == "extra_forbidden":
+    key, rule = ".".join(loc), mistake.rule
+    if mistake.kind == "extra_forbidden":
         if of_kind and key in known_keys():
-            return f"{key}={problem['input']!r} has no meaning for {of_kind}: drop it"
+            return f"{key}={mistake.value!r} has no meaning for {of_kind}: drop it"
         near = _nearest_key(key)
         return f"{key} is not a known key" + (f"; did you mean {near}?" if near else "")
-    if kind == "missing":
+    if mistake.kind == "missing":
         return f"{key} is missing, and has no default"
-    if kind == "value_error":
-        message = message.removeprefix("Value error, ")
-        return f"{key}: {message}" if key else message
-    if kind == "union_tag_invalid":
-        tag, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
+    if mistake.is_ours:
+        return f"{key}: {rule}" if key else rule
+    if mistake.kind == "union_tag_invalid":
+        tag, known = mistake.context["tag"], mistake.context["expected_tags"]
         return f"{key}.kind={tag!r} is wrong: should be {known.replace(', ', ' or ')}"
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        message = "should be a section with keys of its own"
-    rule = message[0].lower() + message[1:]
-    return f"{key}={problem['input']!r} is wrong: {rule.removeprefix('input ')}"
+    if mistake.kind in ("model_type", "model_attributes_type", "dict_type"):
+        rule = "should be a section with keys of its own"
+    return f"{key}={mistake.value!r} is wrong: {rule}"
 
 
 def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
@@ -221,65 +210,6 @@ def _nearest_key(key: str) -> str | None:
     return same_name[0] if same_name else None
 
 
-# --- YAML ---------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and booleans (1e-4 is a number, `no` is a word), and no duplicate keys."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
-
-
-for tag, pattern, first in (
-    ("bool", r"true|false|True|False", "tfTF"),
-    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{tag}",
-        re.compile(f"^(?:{pattern})$"),
-        list(first) + [""] * (tag == "null"),
-    )
-
-
-def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise yaml.MarkedYAMLError(
-                problem=f"the key {key!r} stands twice in one section",
-                problem_mark=key_node.start_mark,
-            )
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
-
-
-def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
-    return float(str(node.value).replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
-
-
-_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
-_Loader.add_constructor(  # 010 is ten, not eight
-    "tag:yaml.org,2002:int", lambda _, node: int(str(node.value).replace("_", ""))
-)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{where}{line}: {error.problem or 'this is not YAML'}") from error
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ConfigError(f"{where}: this is not YAML ({error})") from error
-
-
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Put `key.path=value` into nested plain values; the value is read as YAML.
 
@@ -297,4 +227,4 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {override!r}: {section} is a value, not a section")
         values = inner
-    values[last] = _parse_yaml(text, f"--set {override}")
+    values[last] = yaml12.parse(text, f"--set {override}")

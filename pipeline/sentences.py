@@ -1,8 +1,61 @@
-"""What pydantic finds wrong with a value, as one sentence."""
+"""What pydantic refuses, in a sentence."""
 
-from typing import Any
+from __future__ import annotations
 
-from pipeline.errors import RequestError
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import RequestError, shown
+
+if TYPE_CHECKING:  # `ddpm --help` need not wait for it
+    from pydantic import ValidationError
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One value that a model refuses; as a string `key=value: rule`."""
+
+    loc: tuple[str, ...]
+    """The key's path; empty where the mistake is of the whole."""
+    value: Any
+    kind: str
+    """pydantic's name of the rule, such as `missing`."""
+    rule: str
+    """What the value should be, or what a validator of ours says, as a part of a sentence."""
+    context: dict[str, Any]
+    """pydantic's values of the rule."""
+
+    @property
+    def key(self) -> str:
+        """Dotted."""
+        return ".".join(self.loc)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a validator of ours refused it, whose sentence stands by itself."""
+        return self.kind == "value_error"
+
+    def __str__(self) -> str:
+        return f"{self.key}={shown(self.value)}: {self.rule}" if self.loc else self.rule
+
+
+def mistakes(error: ValidationError) -> list[Mistake]:
+    """All that a model refuses, in the order of its fields."""
+    return [
+        Mistake(
+            tuple(map(str, problem["loc"])),
+            problem["input"],
+            problem["type"],
+            _rule(problem["type"], problem["msg"]),
+            problem.get("ctx", {}),
+        )
+        for problem in error.errors()
+    ]
+
+
+def first_mistake(error: ValidationError) -> Mistake:
+    """The first that a model refuses."""
+    return mistakes(error)[0]
 
 
 def validated(model: Any, prefix: str, **values: Any) -> Any:
@@ -20,9 +73,15 @@ def validated(model: Any, prefix: str, **values: Any) -> Any:
     try:
         return model(**values)
     except ValidationError as error:
-        problem = error.errors()[0]
-        name = ".".join(map(str, problem["loc"]))
-        message = problem["msg"].removeprefix("Value error, ")
-        shown = name and not prefix[-1].isalpha()
-        option = f"{prefix}{name} {problem['input']}: " if shown else ""
-        raise RequestError(option + message[0].lower() + message[1:], name) from error
+        mistake = first_mistake(error)
+        rule = mistake.rule[0].lower() + mistake.rule[1:]
+        is_shown = mistake.loc and not prefix[-1].isalpha()
+        option = f"{prefix}{mistake.key} {mistake.value}: " if is_shown else ""
+        raise RequestError(option + rule, mistake.key) from error
+
+
+def _rule(kind: str, message: str) -> str:
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    message = message.removeprefix("Input ")
+    return message[0].lower() + message[1:]

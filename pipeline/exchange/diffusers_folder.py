@@ -33,6 +33,7 @@ from pipeline.exchange.diffusers_keys import (
 )
 from pipeline.exchange.diffusers_tensors import name_of_today, to_ours, to_theirs
 from pipeline.samplers.model import ModelSpec
+from pipeline.sentences import first_mistake
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -138,12 +139,11 @@ def _read(uri: str, folder: str, name: str, *known: type[Keys]) -> tuple[Keys, d
     try:
         return keys.model_validate_json(json.dumps(given)), private
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = str(problem["loc"][0])
-        if problem["type"] == "missing":
+        mistake = first_mistake(error)
+        key, why = mistake.loc[0], mistake.rule
+        if mistake.kind == "missing":
             raise ConfigError(f"{place} does not say {key}, which has no default") from error
-        why = problem["msg"].removeprefix("Input ")
-        if problem["type"] == "extra_forbidden":
+        if mistake.kind == "extra_forbidden":
             why = (
                 f"it is no key of {keys.__name__} that is known here (diffusers {VERSION}); delete "
                 "it if the model does not depend on it"

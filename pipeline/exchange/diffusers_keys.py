@@ -16,6 +16,7 @@ from pipeline.diffusion.schedules import make_schedule
 from pipeline.errors import ConfigError
 from pipeline.networks.config import UNetConfig
 from pipeline.samplers.model import ModelSpec
+from pipeline.sentences import first_mistake
 
 VERSION = "0.42.0"
 """Of diffusers, whose keys these are."""
@@ -234,11 +235,7 @@ def from_keys(unet: UNet2DModel, scheduler: DDPMScheduler) -> ModelSpec:
         )
         cast(UNetConfig, spec.network).check_image_size(spec.image_size)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        value = f"{where}={problem['input']} " if where else ""
-        raise ConfigError(f"the folder cannot be taken over: {value}{message}") from error
+        raise ConfigError(f"the folder cannot be taken over: {first_mistake(error)}") from error
     except ValueError as error:
         raise ConfigError(f"the folder cannot be taken over: {error}") from error
     if unet.out_channels != unet.in_channels * (2 if spec.learns_variance else 1):

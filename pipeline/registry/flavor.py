@@ -16,6 +16,7 @@ from pipeline.registry.folder import model_digest, read_folder
 from pipeline.registry.signature import PredictRequest
 from pipeline.samplers.config import SamplingConfig, SolverSettings
 from pipeline.samplers.model import Model, build_model
+from pipeline.sentences import first_mistake
 from pipeline.serving.engine import ImageRequest
 from pipeline.serving.offline import draw
 
@@ -63,13 +64,12 @@ class Sampler:
                 guidance=request.guidance,
             )
         except ValidationError as error:
-            problem = error.errors()[0]
-            name = str(problem["loc"][0]) if problem["loc"] else None
-            if problem["type"] == "extra_forbidden":
+            mistake = first_mistake(error)
+            name = mistake.loc[0] if mistake.loc else None
+            if mistake.kind == "extra_forbidden":
                 known = ", ".join(PredictRequest.model_fields)
                 raise RequestError(f"{name!r} is not one of {known}", name) from error
-            message = problem["msg"].removeprefix("Value error, ")
-            raise RequestError(f"{name}: {message}" if name else message, name) from error
+            raise RequestError(str(mistake), name) from error
         requests = [
             ImageRequest(request.seed, i, request.label, sampling) for i in range(request.n)
         ]

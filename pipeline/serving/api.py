@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from pipeline.errors import MOST_SHOWN, RequestError, shown
 from pipeline.samplers.config import OFFLINE, SamplingConfig, SolverSettings
 from pipeline.samplers.model import ModelSpec
+from pipeline.sentences import Mistake, first_mistake
 from pipeline.serving.config import Mode, ServingConfig
 from pipeline.serving.engine import ImageRequest, check_request
 from pipeline.serving.recipe import Format
@@ -96,7 +97,7 @@ def parse_request(body: Any, spec: ModelSpec, config: ServingConfig) -> Generati
         request = GenerationRequest.model_validate(body)
         request.sampling(spec)
     except ValidationError as error:
-        raise _first_problem(error) from error
+        raise _refusal(first_mistake(error)) from error
     if request.sampler in OFFLINE:
         raise RequestError(
             f"sampler={request.sampler} takes as many steps as each image needs and is not served: "
@@ -168,15 +169,11 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _first_problem(error: ValidationError) -> RequestError:
-    problem = error.errors()[0]
-    param = str(problem["loc"][0]) if problem["loc"] else None
-    if problem["type"] == "extra_forbidden":
+def _refusal(mistake: Mistake) -> RequestError:
+    param = mistake.loc[0] if mistake.loc else None
+    if mistake.kind == "extra_forbidden":
         assert param is not None
         if not 0 < len(param) <= MOST_SHOWN or not param.isprintable():
             return RequestError(f"{shown(param)} is not a parameter of this service")
         return RequestError(f"{param} is not a parameter of this service", param)
-    message = problem["msg"].removeprefix("Value error, ")
-    return RequestError(
-        f"{param}={shown(problem['input'])}: {message}" if param else message, param
-    )
+    return RequestError(str(mistake), param)

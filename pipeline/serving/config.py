@@ -1,8 +1,10 @@
 """The sampling service: the section `serving` of a config."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field
+
+from pipeline.bounds import bounds, number_or_bounds
 
 Mode = Literal["exact", "fast"]
 EXACT_ROWS = 16
@@ -12,7 +14,7 @@ EXACT_ROWS = 16
 class ServingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The sampling service."""
 
-    replicas: int | list[int] = 1
+    replicas: Annotated[int | list[int], number_or_bounds(1000)] = 1
     """Copies of the model; or [least, most], as many as there is work for."""
     mode: Mode = "exact"
     """Default of a request: `exact` (pixels depend on the recipe alone) or `fast`."""
@@ -39,17 +41,9 @@ class ServingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     max_models: int = Field(default=2, ge=1)
     """Models that a replica holds in memory; the one used longest ago makes room for another."""
 
-    @field_validator("replicas")
-    @classmethod
-    def _replicas_are_counted(cls, replicas: int | list[int]) -> int | list[int]:
-        bounds = [replicas] * 2 if isinstance(replicas, int) else replicas
-        if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1] <= 1000:
-            raise ValueError("must be a number from 1 to 1000, or two such, [least, most]")
-        return replicas
-
     @property
     def min_replicas(self) -> int:
-        return self.replicas if isinstance(self.replicas, int) else self.replicas[0]
+        return bounds(self.replicas)[0]
 
     @property
     def rows_per_client(self) -> int:

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from pipeline.serving.config import Mode
+from pipeline.serving.engine import ImageInHand
 from pipeline.serving.recipe import Recipe
 
 
@@ -101,20 +102,6 @@ class Running(Reply, frozen=True):
     rows: int
     """Of network calls that are not done."""
     created: int
-
-
-class ImageInHand(Reply, frozen=True):
-    request: str | None
-    image_index: int
-    evaluation: int
-    """Evaluations of the network that it has had."""
-    evaluations: int
-    t: float
-    """Of its next evaluation."""
-    rows: int
-    """Of the network call that its next evaluation takes."""
-    in_call: bool
-    """It took part in the last network call."""
 
 
 class EngineState(Reply, frozen=True):

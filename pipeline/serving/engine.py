@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -70,15 +71,16 @@ class Caller:
     """What people know the request by."""
 
 
-class InHand(NamedTuple):
-    """An image in hand, as people are shown it."""
+class ImageInHand(BaseModel, frozen=True, extra="forbid"):
+    """An image that is being drawn, as people are shown it."""
 
     request: str | None
     """The id of its caller."""
     image_index: int
     evaluation: int
-    """Evaluations that it has had, of all that it takes."""
+    """Evaluations of the network that it has had."""
     evaluations: int
+    """All that it takes."""
     t: float
     """Of its next evaluation."""
     rows: int
@@ -300,7 +302,7 @@ class Engine:
         images = dict(self.generate(requests))
         return np.stack([images[i] for i in range(len(requests))])
 
-    def in_hand(self) -> list[InHand]:
+    def in_hand(self) -> list[ImageInHand]:
         """The images in hand: those of the last network call, then those that wait."""
         places = np.flatnonzero(self._book["in_hand"])
         book = self._book[places]
@@ -312,14 +314,14 @@ class Engine:
             assert request is not None
             evaluation, evaluations, rows = book[["position", "length", "rows"]][i].item()
             images.append(
-                InHand(
-                    self._ids[places[i]],
-                    request.index,
-                    evaluation,
-                    evaluations,
-                    float(self._tables[places[i]][positions[i], T]),
-                    rows,
-                    bool(in_call[i]),
+                ImageInHand(
+                    request=self._ids[places[i]],
+                    image_index=request.index,
+                    evaluation=evaluation,
+                    evaluations=evaluations,
+                    t=float(self._tables[places[i]][positions[i], T]),
+                    rows=rows,
+                    in_call=bool(in_call[i]),
                 )
             )
         return images

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pipeline.data.images import png, to_pil
 from pipeline.errors import DataError
 from pipeline.samplers.config import SamplingConfig
+from pipeline.sentences import first_mistake
 from pipeline.serving.config import EXACT_ROWS, Mode
 from pipeline.serving.engine import ImageRequest
 
@@ -81,8 +82,6 @@ def decode(data: bytes, name: str) -> tuple[np.ndarray, Recipe]:
     try:
         recipe = Recipe.model_validate_json(text)
     except ValidationError as error:
-        raise DataError(
-            f"the recipe in {name} cannot be read: {error.errors()[0]['msg']}"
-        ) from error
+        raise DataError(f"the recipe in {name} cannot be read: {first_mistake(error)}") from error
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels, recipe

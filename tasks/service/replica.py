@@ -175,7 +175,7 @@ class Replica:
                 "calls": engine.num_calls,
                 "useful_rows": engine.num_useful_rows,
                 "num_images": engine.num_images,
-                "images": [image._asdict() for image in engine.in_hand()[:MOST_SHOWN]],
+                "images": [image.model_dump() for image in engine.in_hand()[:MOST_SHOWN]],
             }
             for loaded, engine in engines
         ]

@@ -137,7 +137,7 @@ def test_a_cluster_that_is_not_there(place: Workplace) -> None:
         (["-n", "0"], "-n 0 must be from 1"),
         (["--steps", "5000"], "steps=5000 must be from 1 to the model's 1000"),
         (["--guidance", "nan", "--label", "1"], "--guidance nan"),
-        (["--sampler", "magic"], "--sampler magic: input should be 'ancestral', 'ddim'"),
+        (["--sampler", "magic"], "--sampler magic: should be 'ancestral', 'ddim'"),
         (["--set", "churm=1"], "churm 1: extra inputs are not permitted"),
         (["--mode", "magic"], "--mode magic must be exact or fast"),
         (["--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),

@@ -102,6 +102,8 @@ def test_the_tiny_config_of_the_tests_loads() -> None:
         ),
         ("training.accumulate=33", "is less than the 66 parts into which cluster.workers=2 and"),
         ("cluster.workers=0", "cluster.workers: 0 must be a number from 1, or [least, most]"),
+        ("cluster.workers=[3, 2]", "cluster.workers: [3, 2] must be a number from 1, or"),
+        ("serving.replicas=[1, 1001]", "[1, 1001] must be a number from 1 to 1000, or"),
         ("cluster.workers=two", "cluster.workers: 'two' must be a number from 1, or"),
         ("cluster.workers=[3, 2]", "cluster.workers: [3, 2] must be a number from 1, or"),
         ("cluster.workers=[1, 65]", "is less than the 65 parts into which cluster.workers=[1, 65]"),
@@ -188,6 +190,7 @@ def test_numbers_are_those_of_yaml_1_2(text: str, value: float) -> None:
 def test_words_that_yaml_1_1_would_twist_stay_words() -> None:
     assert load_config(DIGITS, ["name=no"]).name == "no"
     assert load_config(DIGITS, ["data.source=12:30"]).data.source == "12:30"
+    assert load_config(DIGITS, ["data.source=2024-05-01"]).data.source == "2024-05-01"
 
 
 def test_combinations_over_sections_are_refused() -> None:

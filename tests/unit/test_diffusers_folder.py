@@ -537,7 +537,7 @@ def changed(folder: Path, target: Path, name: str, **values: Any) -> Path:
         ({"attention_head_dim": 5}, "head_channels=5 does not divide the 32 channels of a level"),
         (
             {"layers_per_block": 0},
-            "cannot be taken over: blocks_per_level=0 should be greater than",
+            "cannot be taken over: blocks_per_level=0: should be greater than",
         ),
         ({"sample_size": 12}, "channel_multipliers has 4 levels.* is not a multiple of 8"),
         (
@@ -579,7 +579,7 @@ def test_a_key_of_a_unet_that_is_not_known_is_named(
         ({"_class_name": "PNDMScheduler"}, "only DDPMScheduler and DDIMScheduler can"),
         ({"rescale_betas_zero_snr": True}, "zero_terminal_snr with prediction=eps cannot work"),
         ({"trained_betas": [0.1, 0.2]}, "betas has 2 numbers, timesteps=1000 must be as many"),
-        ({"beta_end": 1.5}, "beta_end=1.5 should be less than 1"),
+        ({"beta_end": 1.5}, "beta_end=1.5: should be less than 1"),
     ],
     ids=lambda value: str(value)[:50],
 )

@@ -10,7 +10,7 @@ from tasks.stages.declarations import STAGES
 from tests.conftest import ROOT
 
 LEVELS = [
-    {"errors", "seeding", "device", "sentences", "storage"},
+    {"errors", "sentences", "bounds", "yaml12", "seeding", "device", "storage"},
     {"diffusion", "networks", "data"},
     {"samplers", "training"},
     {"evaluation", "registry", "exchange", "serving", "pictures"},
@@ -21,6 +21,7 @@ LEVELS = [
 WITHIN_A_LEVEL = {
     ("storage", "errors"),
     ("sentences", "errors"),
+    ("yaml12", "errors"),
     ("registry", "serving"),  # the pyfunc flavour draws with the engine
 }
 CORE = {"diffusion", "networks", "samplers"}

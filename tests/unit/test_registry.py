@@ -324,15 +324,15 @@ def test_mlflow_loads_and_predicts(
     assert np.array_equal(table[:2], images[:2])
     for wrong, sentence in (
         ({"step": 5}, "'step' is not one of"),
-        ({"n": 0}, "n: Input should be greater than or equal to 1"),
-        ({"n": "3"}, "n: Input should be a valid integer"),
-        ({"n": 2.5}, "n: Input should be a valid integer"),
-        ({"seed": -1}, "seed: Input should be greater"),
+        ({"n": 0}, "n=0: should be greater than or equal to 1"),
+        ({"n": "3"}, "n='3': should be a valid integer"),
+        ({"n": 2.5}, "n=2.5: should be a valid integer"),
+        ({"seed": -1}, "seed=-1: should be greater"),
         ({"steps": 5000}, "steps=5000 must be from 1 to the model's 1000"),
         ([1, 2], "takes a dict, a list of dicts or a DataFrame"),
         ([], "at least one request"),
         ({"label": 9}, "label=9 is not a class"),
-        ({"sampler": "magic"}, "sampler: Input should be"),
+        ({"sampler": "magic"}, "sampler='magic': should be"),
     ):
         with pytest.raises(RequestError, match=sentence):
             loaded.predict(wrong)
