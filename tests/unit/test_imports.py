@@ -1,6 +1,7 @@
 """The import rules of the design, and that importing a module has no effect."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -74,6 +75,26 @@ def test_imports_only_go_downwards(path: Path) -> None:
             assert there in CORE | {"errors", "seeding", "device"}, (
                 f"{module} imports pipeline.{there}"
             )
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    graph = {}
+    for name, path in modules.items():
+        imported = imported_modules(path)
+        # `from a import b` is of the module a.b where there is one, else of a
+        packages = {each.rpartition(".")[0] for each in imported if each in modules}
+        graph[name] = (imported & modules.keys()) - packages
+    graphlib.TopologicalSorter(graph).prepare()  # its error names the circle
+
+
+def test_only_the_registry_knows_mlflow() -> None:
+    knowing = {
+        path.relative_to(ROOT / "pipeline").parts[0]
+        for path in IN_PIPELINE
+        if any(name.split(".")[0] == "mlflow" for name in imported_modules(path))
+    }
+    assert knowing == {"registry"}
 
 
 @pytest.mark.parametrize("path", IN_TASKS, ids=lambda path: str(path.relative_to(ROOT)))
