@@ -6,13 +6,12 @@
   task returns a record as long as one of 512 images. (Sixteen do their work: the driver makes a
   contact sheet of their parts.)
 - list: the list of a ShardSet's shards is made, written, and opened as a training opens it: read,
-  its sha256 verified, and the order of an epoch laid out. Beside it the same parts named in the
-  manifest itself, as they were until format 4.
+  its sha256 verified, and the order of an epoch laid out.
 - scan: what the driver does with the images that its tasks have found: it reads, numbers, compares
   and hashes their list, and cuts it into shards.
 - router: to which of a service's replicas the next image goes, in Ray Serve's own router, where
   each has 16 images in hand; the replicas are none. And whether the next request is let in.
-- constants: what infra/scaling.py reckons with. Checkpoints of the shipped configs, written to this
+- constants: more of what infra/scaling.json has. Checkpoints of the shipped configs, written to this
   disk; records of a training, written to MLflow's sqlite; a listing of an S3 server (moto's).
 
 Each size of the first three has a process of its own, whose peak of memory, less what it has after
@@ -47,7 +46,7 @@ from pipeline.data.preprocess import preprocess_shard
 from pipeline.data.shards import part_path
 from pipeline.data.source import scan
 from pipeline.data.summary import SHEET_PARTS
-from pipeline.storage import FileEntry, Manifest
+from pipeline.storage import Manifest
 from tests.benchmarks import program
 from tests.benchmarks.own_ray import started_ray
 from tests.benchmarks.processes import alone
@@ -282,20 +281,6 @@ def open_list(folder: str) -> dict[str, float]:
     return {"open": read, "order": ordered, "open MB": watch.grown()}
 
 
-def make_flat(count: int) -> dict[str, float]:
-    """The parts in the manifest itself."""
-    files = [FileEntry(**file) for record in entries(0, count) for file in record["files"]]
-    with tempfile.TemporaryDirectory() as folder:
-        watch = Watch()
-        storage.commit(folder, Manifest(files=files, **MADE))
-        written = watch.lap()
-        size = (Path(folder) / storage.MANIFEST).stat().st_size
-        del files
-        watch = Watch()
-        assert storage.read_manifest(folder) is not None
-        return {"write": written, "open": watch.lap(), "open MB": watch.grown(), "bytes": size}
-
-
 def measure_list(by: int) -> list[Figure]:
     print("\na ShardSet's list of shards, two parts a shard")
     head = ("file MB", "write s", "MB", "open s", "order s", "MB")
@@ -306,12 +291,7 @@ def measure_list(by: int) -> list[Figure]:
         found.append(it)
         values = (it["bytes"] / 1e6, it["write"], it["MB"], it["open"], it["order"], it["open MB"])
         print(f"{size:>10,} " + " ".join(f"{value:>9,.2f}" for value in values), flush=True)
-    flat = alone(make_flat, sizes[-1])
-    values = (flat["bytes"] / 1e6, flat["write"], float("nan"), flat["open"])
-    print(f"{'as format 4':>10}" + " ".join(f"{value:>9,.2f}" for value in values), end="")
-    print(f" {'':>9} {flat['open MB']:>9,.2f}")
     last = found[-1]
-    what = f"a ShardSet of {sizes[-1]:,} shards"
     return [
         growth("a shard listed and written", sizes, [i["write"] for i in found], "µs"),
         growth(
@@ -319,14 +299,6 @@ def measure_list(by: int) -> list[Figure]:
             sizes[-2:],
             [i["open"] + i["order"] for i in found[-2:]],
             "µs",
-        ),
-        figure(
-            f"{what}, opened",
-            last["open"],
-            flat["open"],
-            "all parts in manifest.json",
-            unit="s",
-            less_is_better=True,
         ),
         constant("list of shards, a shard", last["bytes"] / sizes[-1], "bytes"),
         constant("memory to write the list, a shard", 1e6 * last["MB"] / sizes[-1], "bytes"),
