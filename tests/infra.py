@@ -35,37 +35,28 @@ def files_of(folder: Path) -> list[Path]:
     """The files that a kustomization uses, itself among them."""
     description = _description(folder)
     files = [folder / "kustomization.yaml"]
-    for name in [*description.get("resources", []), *description.get("components", [])]:
+    for name in description.get("resources", []):
         there = folder / name
         files += files_of(there) if there.is_dir() else [there]
-    return files + [
-        folder / patch["path"] for patch in description.get("patches", []) if "path" in patch
-    ]
+    return files + [folder / patch["path"] for patch in description.get("patches", [])]
 
 
-def built(folder: Path, before: Objects | None = None) -> Objects:
-    """The objects of a kustomization.
-
-    Args:
-        before: what the components of this folder are added to.
+def built(place: Path) -> Objects:
+    """The objects of a kustomization, or of a file.
 
     Raises:
         AssertionError: a key that is not understood, a patch without a target, a path that is not
             there.
     """
-    description = _description(folder)
-    known = {"apiVersion", "kind", "resources", "components", "patches", "images"}
-    assert set(description) <= known, f"{folder}: {set(description) - known}"
-    objects = list(before or [])
-    for name in description.get("resources", []):
-        there = folder / name
+    if place.is_file():
         # written out: YAML's aliases are one object, which a patch would change in several places
-        objects += built(there) if there.is_dir() else list(map(_written_out, documents(there)))
-    for name in description.get("components", []):
-        objects = built(folder / name, objects)
+        return list(map(_written_out, documents(place)))
+    folder, description = place, _description(place)
+    known = {"apiVersion", "kind", "resources", "patches", "images"}
+    assert set(description) <= known, f"{folder}: {set(description) - known}"
+    objects = [it for name in description.get("resources", []) for it in built(folder / name)]
     for patch in description.get("patches", []):
-        text = patch["patch"] if "patch" in patch else (folder / patch["path"]).read_text()
-        operations = yaml.safe_load(text)
+        operations = yaml.safe_load((folder / patch["path"]).read_text())
         targets = [it for it in objects if _is_meant(it, patch["target"])]
         assert targets, f"{folder}: nothing is {patch['target']}"
         for target in targets:
@@ -127,7 +118,8 @@ def _is_meant(it: dict[str, Any], target: dict[str, str]) -> bool:
 def _apply(target: Any, operation: dict[str, Any]) -> None:
     """One operation of a JSON patch (RFC 6902)."""
     assert operation["op"] in ("add", "replace"), operation
-    *way, last = operation["path"].removeprefix("/").split("/")
+    steps = operation["path"].removeprefix("/").split("/")
+    *way, last = (step.replace("~1", "/").replace("~0", "~") for step in steps)
     for step in way:
         target = target[int(step) if isinstance(target, list) else step]
     if operation["op"] == "replace":
@@ -165,10 +157,6 @@ def schema(name: str) -> Any:
     return json.loads(path.read_text())
 
 
-BUILDS = sorted(
-    path.parent.relative_to(KUBERNETES).as_posix()
-    for path in KUBERNETES.rglob("kustomization.yaml")
-    if documents(path)[0]["kind"] == "Kustomization"
-)
-PIPELINES = [name for name in BUILDS if name.endswith("pipeline")]
-SERVICES = [name for name in BUILDS if name.endswith("serving")]
+BUILDS = ["base", "gpu-spot"]
+FILES = sorted(path.name for path in KUBERNETES.glob("*.yaml"))
+"""What is applied by itself."""

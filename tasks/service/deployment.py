@@ -2,7 +2,7 @@
 
 A Serve config (of `serve deploy FILE`, of KubeRay's RayService) names
 `import_path: tasks.service.deployment:application`, and has the fields of `Service` as its `args`;
-infra/kubernetes/base/serving has one.
+infra/kubernetes/base/serving.yaml has one.
 """
 
 import json

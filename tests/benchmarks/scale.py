@@ -11,8 +11,8 @@
   and hashes their list, and cuts it into shards.
 - router: to which of a service's replicas the next image goes, in Ray Serve's own router, where
   each has 16 images in hand; the replicas are none. And whether the next request is let in.
-- constants: more of what infra/scaling.json has. Checkpoints of the shipped configs, written to this
-  disk; records of a training, written to MLflow's sqlite; a listing of an S3 server (moto's).
+- constants: more of what infra/scaling.json has. Checkpoints of the shipped configs, written to
+  this disk; records of a training, written to MLflow's sqlite; a listing of an S3 server (moto's).
 
 Each size of the first three has a process of its own, whose peak of memory, less what it has after
 its imports (and after the start of Ray), is shown. "Growth" is the time of an item at the largest

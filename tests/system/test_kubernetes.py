@@ -28,10 +28,9 @@ from tests.conftest import ROOT
 from tests.infra import (
     BUILDS,
     DOCKERFILE,
+    FILES,
     INFRA,
     KUBERNETES,
-    PIPELINES,
-    SERVICES,
     built,
     files_of,
     found,
@@ -40,15 +39,20 @@ from tests.infra import (
 from tests.infra_models import KUBERAY, PodTemplate
 
 
+def everything(*places: str) -> list[dict[str, Any]]:
+    """The objects of kustomizations and files."""
+    return [it for place in places for it in built(KUBERNETES / place)]
+
+
 def of_kind(build: str, kind: str) -> dict[str, Any]:
     (found,) = (it for it in built(KUBERNETES / build) if it["kind"] == kind)
     return found
 
 
-@pytest.mark.parametrize("build", [*PIPELINES, *SERVICES])
-def test_kuberay_objects_have_known_keys_of_their_types(build: str) -> None:
-    it = of_kind(build, "RayJob" if build in PIPELINES else "RayService")
-    model = KUBERAY[it["kind"]]
+@pytest.mark.parametrize("kind", ["RayJob", "RayService"])
+@pytest.mark.parametrize("build", BUILDS)
+def test_kuberay_objects_have_known_keys_of_their_types(build: str, kind: str) -> None:
+    it, model = of_kind(build, kind), KUBERAY[kind]
     model.model_validate(it)
     spec = it["spec"]
     cluster = spec.get("rayClusterSpec", spec.get("rayClusterConfig"))
@@ -69,8 +73,9 @@ def test_kuberay_objects_have_known_keys_of_their_types(build: str) -> None:
 
 
 def test_pods_that_are_not_ray_s_have_known_keys_of_their_types() -> None:
-    templates = [t for it in built(KUBERNETES / "base" / "platform") for t in pod_templates(it)]
-    assert len(templates) == 2
+    objects = [it for it in everything("base", *FILES) if not it["kind"].startswith("Ray")]
+    templates = [template for it in objects for template in pod_templates(it)]
+    assert len(templates) == 3
     for template in templates:
         PodTemplate.model_validate(template)
     templates[0]["spec"]["containers"][0]["readinesProbe"] = {}
@@ -78,9 +83,18 @@ def test_pods_that_are_not_ray_s_have_known_keys_of_their_types() -> None:
         PodTemplate.model_validate(templates[0])
 
 
-def test_every_file_is_used_by_a_kustomization() -> None:
+def test_every_file_is_used_by_a_kustomization_or_is_applied_by_itself() -> None:
     used = {path.resolve() for build in BUILDS for path in files_of(KUBERNETES / build)}
-    assert {path.resolve() for path in KUBERNETES.rglob("*.*")} == used
+    files = {path.resolve() for path in KUBERNETES.rglob("*.*") if path.is_file()}
+    assert files == used | {KUBERNETES / name for name in FILES}
+
+
+def test_the_runbook_applies_every_part_and_every_file() -> None:
+    runbook = (INFRA / "RUNBOOK.md").read_text()
+    there = {(b, it["metadata"]["labels"]["ddpm/part"]) for b in BUILDS for it in everything(b)}
+    applied = re.findall(r"apply -k infra/kubernetes/(\S+) -l ddpm/part=(\w+)", runbook)
+    assert set(applied) == there - {("gpu-spot", "platform")}
+    assert set(re.findall(r"apply -f infra/kubernetes/(\w+\.yaml)", runbook)) == set(FILES)
 
 
 @needs.KUBECTL.met_if(shutil.which("kubectl"))
@@ -101,15 +115,13 @@ def test_kustomize_builds_what_is_tested_here(build: str) -> None:
 CLUSTER_WIDE = {"Namespace", "ResourceFlavor", "ClusterQueue"}
 
 
-@pytest.mark.parametrize("build", BUILDS)
-def test_objects_are_in_the_namespace_and_refer_to_what_is_there(build: str) -> None:
-    platform = built(KUBERNETES / "base" / "platform")
-    objects = built(KUBERNETES / build)
-    everything = platform + objects
+@pytest.mark.parametrize("place", [*BUILDS, *FILES])
+def test_objects_are_in_the_namespace_and_refer_to_what_is_there(place: str) -> None:
+    objects = everything(place)
     for it in objects:
         where = it["metadata"].get("namespace")
         assert where == (None if it["kind"] in CLUSTER_WIDE else "ddpm"), it["metadata"]
-    there = {(it["kind"], it["metadata"]["name"]) for it in everything}
+    there = {(it["kind"], it["metadata"]["name"]) for it in everything("base", place)}
     for name in found(objects, "configMapRef"):
         assert ("ConfigMap", name["name"]) in there
     for name in found(objects, "serviceAccountName"):
@@ -133,19 +145,19 @@ def test_the_runbook_makes_every_secret_that_is_referred_to() -> None:
         name: set(re.findall(r"--from-(?:literal|file)=([\w.]+)", rest))
         for name, rest in re.findall(r"create secret generic (\S+) (.*)", runbook)
     }
-    everything = [it for build in BUILDS for it in built(KUBERNETES / build)]
-    for reference in found(everything, "secretKeyRef"):
+    objects = everything(*BUILDS, *FILES)
+    for reference in found(objects, "secretKeyRef"):
         assert reference["key"] in made[reference["name"]]
-    names = [it["name"] for it in found(everything, "secretRef")]
-    names += [it["secretName"] for it in found(everything, "secret")]
-    tokens = {it["secretName"] for it in found(everything, "authOptions")}
+    names = [it["name"] for it in found(objects, "secretRef")]
+    names += [it["secretName"] for it in found(objects, "secret")]
+    tokens = {it["secretName"] for it in found(objects, "authOptions")}
     assert tokens == {"ddpm-ray-token"} and made["ddpm-ray-token"] == {"auth_token"}
     assert {*names, *tokens} <= set(made)
 
 
-@pytest.mark.parametrize("build", BUILDS)
-def test_no_pod_may_do_more_than_it_must(build: str) -> None:
-    for it in built(KUBERNETES / build):
+@pytest.mark.parametrize("place", [*BUILDS, *FILES])
+def test_no_pod_may_do_more_than_it_must(place: str) -> None:
+    for it in everything(place):
         for template in pod_templates(it):
             pod = template["spec"]
             assert pod["securityContext"]["runAsNonRoot"] is True
@@ -158,15 +170,15 @@ def test_no_pod_may_do_more_than_it_must(build: str) -> None:
 
 
 def test_ports_that_are_let_in_are_listened_on() -> None:
-    everything = [it for build in BUILDS for it in built(KUBERNETES / build)]
-    templates = [template for it in everything for template in pod_templates(it)]
+    objects = everything(*BUILDS, *FILES)
+    templates = [template for it in objects for template in pod_templates(it)]
 
     def selected(selector: dict[str, Any]) -> list[dict[str, Any]]:
         them = [t for t in templates if selects(selector, t["metadata"]["labels"])]
         assert them, f"no pod has {selector}"
         return them
 
-    for it in everything:
+    for it in objects:
         spec = it.get("spec", {})
         if it["kind"] == "Service":
             listened = ports_of(selected({"matchLabels": spec["selector"]}))
@@ -190,11 +202,11 @@ def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     return bool(labels.items() >= selector.get("matchLabels", {}).items())
 
 
-@pytest.mark.parametrize("build", SERVICES)
+@pytest.mark.parametrize("build", BUILDS)
 def test_nodes_of_the_service_can_be_drained(build: str) -> None:
     """Of what cannot be scaled a budget may count only what is to stay; KubeRay's issue 2662."""
-    objects = {it["kind"]: it["spec"] for it in built(KUBERNETES / build)}
-    budget, cluster = objects["PodDisruptionBudget"], objects["RayService"]["rayClusterConfig"]
+    budget = of_kind(build, "PodDisruptionBudget")["spec"]
+    cluster = of_kind(build, "RayService")["spec"]["rayClusterConfig"]
     (group,) = cluster["workerGroupSpecs"]
     labels = group["template"]["metadata"]["labels"]
     assert selects(budget["selector"], labels)
@@ -207,9 +219,9 @@ def test_nodes_of_the_service_can_be_drained(build: str) -> None:
 
 def test_kuberay_names_its_pods_itself() -> None:
     """The selectors of its Services ask for this label, and it does not replace what is there."""
-    for build in [*PIPELINES, *SERVICES]:
-        for it in built(KUBERNETES / build):
-            for template in pod_templates(it):
+    for build in BUILDS:
+        for kind in ("RayJob", "RayService"):
+            for template in pod_templates(of_kind(build, kind)):
                 assert "app.kubernetes.io/name" not in template["metadata"]["labels"]
 
 
@@ -237,7 +249,7 @@ def run_config(entrypoint: str) -> RunConfig:
     return load_config(str(ROOT / "configs" / name), options[1::2])
 
 
-@pytest.mark.parametrize("build", PIPELINES)
+@pytest.mark.parametrize("build", BUILDS)
 def test_the_pipeline_s_config_exists_and_fits_into_its_cluster(build: str) -> None:
     from ray.runtime_env import RuntimeEnv
 
@@ -263,7 +275,7 @@ def serve_config(build: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, application
 
 
-@pytest.mark.parametrize("build", SERVICES)
+@pytest.mark.parametrize("build", BUILDS)
 def test_the_serve_config_names_the_service_and_it_fits_into_its_cluster(build: str) -> None:
     from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
@@ -318,7 +330,7 @@ def registered_untrained(folder: Path) -> str:
     return uri
 
 
-@pytest.mark.parametrize("build", SERVICES)
+@pytest.mark.parametrize("build", BUILDS)
 def test_ray_builds_the_application_of_the_serve_config(build: str, tmp_path: Path) -> None:
     from ray._common.constants import HEAD_NODE_RESOURCE_NAME
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build_app

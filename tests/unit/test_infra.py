@@ -15,12 +15,11 @@ from tests.conftest import ROOT
 from tests.infra import (
     BUILDS,
     DOCKERFILE,
+    FILES,
     INFRA,
     KUBERNETES,
     PINNED,
-    PIPELINES,
     PROJECT,
-    SERVICES,
     built,
     compose,
     containers,
@@ -66,11 +65,9 @@ def test_the_cluster_launcher_takes_its_file() -> None:
 def images() -> dict[str, list[str]]:
     """The images that are named anywhere, by the file that names them."""
     named = {"infra/compose.yaml": [it["image"] for it in compose()["services"].values()]}
-    for build in BUILDS:
-        objects = built(KUBERNETES / build)
-        of_pods = [it["image"] for every in objects for it in containers(every) if "image" in it]
-        if of_pods:
-            named[build] = of_pods
+    for place in (*BUILDS, "upgrade.yaml"):
+        objects = built(KUBERNETES / place)
+        named[place] = [it["image"] for every in objects for it in containers(every)]
     named["cluster.yaml"] = [documents(INFRA / "vms" / "cluster.yaml")[0]["docker"]["image"]]
     for name in ("Makefile", ".github/workflows/ci.yml", "infra/docker/Dockerfile"):
         named[name] = re.findall(rf"\b{PROJECT['name']}:[\w.-]+", (ROOT / name).read_text())
@@ -95,9 +92,7 @@ def test_ray_and_python_are_the_versions_that_are_tested() -> None:
     import ray
 
     named = {
-        version
-        for build in [*PIPELINES, *SERVICES]
-        for version in found(built(KUBERNETES / build), "rayVersion")
+        version for build in BUILDS for version in found(built(KUBERNETES / build), "rayVersion")
     }
     assert named == {PINNED["ray"]} == {ray.__version__}
     assert "FROM python:3.11." in DOCKERFILE
@@ -188,8 +183,8 @@ def test_every_environment_variable_is_read_by_something() -> None:
     used = set(re.findall(r"\b([A-Z_]+)=", " ".join(instructions("ENV"))))
     for service in compose()["services"].values():
         used |= service.get("environment", {}).keys()
-    for build in BUILDS:
-        objects = built(KUBERNETES / build)
+    for place in (*BUILDS, *FILES):
+        objects = built(KUBERNETES / place)
         used |= {it["name"] for c in containers(objects) for it in c.get("env", [])}
         for it in objects:
             used |= it.get("data", {}).keys() if it["kind"] == "ConfigMap" else set()

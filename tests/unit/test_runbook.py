@@ -11,9 +11,8 @@ import yaml
 
 from tasks.__main__ import app
 from tests.conftest import ROOT
-from tests.infra import built, documents
+from tests.infra import BUILDS, FILES, INFRA, KUBERNETES, built, documents
 
-INFRA = ROOT / "infra"
 RUNBOOK = (INFRA / "RUNBOOK.md").read_text()
 README = (INFRA / "README.md").read_text()
 ALERTS = [
@@ -76,7 +75,7 @@ def test_every_place_exists() -> None:
     roots = {
         "infra|configs|tests|pipeline|tasks": ROOT,
         "docker|kubernetes|monitoring|vms": INFRA,
-        "base|components|overlays": INFRA / "kubernetes",
+        "base|gpu-spot": INFRA / "kubernetes",
     }
     for file, text in texts().items():
         here = (ROOT / file).parent
@@ -102,8 +101,7 @@ def test_every_service_and_object_that_a_command_names_exists() -> None:
         for rest in re.findall(r"compose\.yaml exec (.+)", text)
     ]
     assert executed and set(executed) <= services.keys()
-    builds = [path.parent for path in (INFRA / "kubernetes").rglob("kustomization.yaml")]
-    objects = [it for build in builds if "components" not in str(build) for it in built(build)]
+    objects = [it for place in (*BUILDS, *FILES) for it in built(KUBERNETES / place)]
     there = {(it["kind"].lower(), it["metadata"]["name"]) for it in objects}
     named = re.findall(r"-n ddpm (?:get|delete|exec) ([a-z]+)[ /]([\w-]+)", RUNBOOK)
     assert len(named) >= 4 and set(named) <= there
