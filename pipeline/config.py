@@ -29,23 +29,26 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Where a run runs."""
 
     address: str | None = None
-    """Of a Ray cluster; by default RAY_ADDRESS, or a local Ray on this machine's cores."""
+    """Address of a Ray cluster; by default RAY_ADDRESS, or a Ray of its own on this machine's
+    cores."""
     workers: Annotated[int | list[int], number_or_bounds()] = 2
-    """Data-parallel training workers; or [least, most], as many as the nodes have room for when
-    they are empty."""
+    """Data-parallel training workers from 1; or [least, most], as many as the nodes have room for
+    when they are empty."""
     cpus_per_worker: int = Field(default=1, ge=1)
+    """CPU cores of a training worker."""
     gpus_per_worker: Literal[0, 1] = 0
+    """Whether a training worker has a GPU."""
     max_failures: int = Field(default=10, ge=0)
     """How often training is restarted from its last checkpoint after a worker was lost."""
     resize_seconds: float = Field(default=60.0, gt=0, allow_inf_nan=False)
-    """Of workers=[least, most]: how often it is seen whether there is room for more of them, at
-    most every 20 s. A change of their number costs a restart from the last checkpoint."""
+    """For workers=[least, most]: seconds between two looks for room for more workers, 20 at least.
+    A change of their number costs a restart from the last checkpoint."""
     peer_timeout: float = Field(default=300.0, gt=0, allow_inf_nan=False)
-    """Seconds for which a worker waits, in a step, for another that has stopped but is still there;
-    at a checkpoint Ray notices it, after ten minutes."""
+    """Seconds for which a worker waits, in a step, for another that has stopped without ending; at
+    a checkpoint Ray notices it, after ten minutes."""
     cache: str | None = Field(default=None, pattern="^/")
-    """An absolute path: the folder where each node keeps the training images as they are mapped
-    into memory; by default ray-ddpm-cache-UID among the temporary files."""
+    """Absolute path of the folder where each node keeps the decoded training images, mapped into
+    memory; by default ray-ddpm-cache-UID among the temporary files."""
 
     @property
     def min_workers(self) -> int:
@@ -57,13 +60,14 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid", strict=True):
-    """The whole of a run."""
+    """What is no part of a section below."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)
-    """MLflow experiment and registered model."""
+    """Name of the MLflow experiment and of the registered model."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """What all randomness of the run is derived from."""
     storage: str = Field(default="runs", min_length=1)
-    """Any fsspec URI; outputs lie at STORAGE/STAGE/ID/."""
+    """Path or fsspec URI below which outputs lie, at STORAGE/STAGE/ID/."""
     tracking: TrackingConfig = TrackingConfig()
     data: DataConfig
     network: NetworkConfig

@@ -22,30 +22,34 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """A folder, an archive, or a glob of either, as a path or fsspec URI; or `builtin:digits`.
     Each file is read as what its name says, see formats/choice.py."""
     labels: str | None = None
-    """A .csv, .tsv, .json or .jsonl file with the label of each image, in place of the source's
-    own."""
+    """A .csv, .tsv, .json or .jsonl file with the label of each image, used instead of the labels
+    that the source itself has."""
     class_names: Annotated[tuple[str, ...], Field(strict=False)] | None = None
-    """In place of the source's own names, in the order of the labels: numbers have no names."""
+    """Names of the classes in the order of their numbers, used instead of the source's own; for
+    sources whose labels are numbers."""
     image_size: int = Field(ge=4, le=4096)
-    """Height and width in pixels."""
+    """Height and width of a training image in pixels."""
     channels: Literal[1, 3]
     """1 for grey, 3 for RGB."""
     resize: Literal["crop", "exact"] = "crop"
-    """crop: the shortest side is resized to image_size, the centre kept. exact: both sides are."""
+    """crop: the shorter side is resized to image_size, and the centre is kept. exact: both sides
+    are resized to it."""
     min_size: int = Field(default=0, ge=0)
-    """Images with a shorter side than so many pixels are left out."""
+    """Images whose shorter side has fewer pixels are left out."""
     max_aspect: float = Field(default=100.0, ge=1.0, allow_inf_nan=False)
-    """Images whose longer side is more than so many times the shorter are left out."""
+    """Images whose longer side is more than this many times the shorter are left out."""
     drop_duplicates: bool = True
-    """Of images of the same content only the first is kept."""
+    """Whether only the first of several images with the same content is kept."""
     encoding: Literal["raw", "png"] = "raw"
-    """How the parts hold the pixels: raw is read fastest, png is smaller and an Image to others."""
+    """How the Parquet parts hold the pixels. raw is read fastest; png is smaller, and other
+    programs show it as an image."""
     holdout: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of the images that training never sees, chosen by the hash of their key."""
+    """Share of the images that training never sees, chosen by the hash of their path."""
     max_bad_fraction: float = Field(default=0.01, ge=0.0, le=1.0)
-    """More images that cannot be used than this share stop the stage."""
+    """The stage stops if a larger share of the images cannot be used."""
     images_per_shard: int = Field(default=512, ge=1)
-    """On average; a shard has between half and twice as many."""
+    """Images of a shard, the piece that one task prepares; a shard has between half and twice as
+    many."""
 
     @model_validator(mode="after")
     def _a_shard_fits_in_memory(self) -> "DataConfig":

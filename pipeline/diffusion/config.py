@@ -42,24 +42,33 @@ class DiffusionConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The forward process and how the reverse one is parameterised."""
 
     schedule: ScheduleName = "linear"
-    """vp, subvp, ve and edm are continuous: t is drawn as a real number in training."""
+    """How the noise grows with t. betas: a list of your own. learned: trained with the network
+    (Kingma et al. 2021). vp, subvp, ve and edm are continuous: training draws t as a real
+    number."""
     timesteps: int = Field(default=1000, ge=2, le=100_000)
+    """Number of noise levels T; a continuous schedule is cut into as many for sampling."""
     prediction: Prediction = "eps"
-    """What the network's output stands for."""
+    """What the network's output stands for: the noise ε, the image x_0, v, the score, or EDM's F
+    with its preconditioning."""
     variance: Variance = "fixed_small"
     """σ_t² of an ancestral step: the posterior variance β̃_t, or β_t, or learned between them."""
     betas: Annotated[tuple[float, ...], Field(strict=False)] | None = None
-    """Of `schedule: betas`: one β a timestep."""
+    """For schedule=betas: one β for each timestep."""
     beta_start: float | None = Field(default=None, gt=0, lt=1)
+    """First β, for 1,000 timesteps, of linear, quadratic, vp and subvp (by default 0.0001) and
+    scaled_linear (0.00085)."""
     beta_end: float | None = Field(default=None, gt=0, lt=1)
-    """Ends of the linear family, of 1,000 timesteps; see BETA_ENDS."""
+    """Last β, for 1,000 timesteps, of linear, quadratic, vp and subvp (by default 0.02) and
+    scaled_linear (0.012)."""
     sigma_min: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Least noise of ve (by default 0.01) and edm (0.002)."""
     sigma_max: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Ends of ve and edm; see SIGMA_ENDS."""
+    """Most noise of ve (by default 50) and edm (80)."""
     sigma_data: float = Field(default=0.5, gt=0, allow_inf_nan=False)
-    """Standard deviation of the data, of EDM's preconditioning."""
+    """Standard deviation of the data that EDM's preconditioning and loss weight assume."""
     zero_terminal_snr: bool = False
-    """Rescale so that x_T holds nothing of x_0 (Lin et al. 2023)."""
+    """Rescale the schedule so that x_T is noise alone (Lin et al. 2023); needs prediction x_0, v or
+    edm."""
 
     @property
     def is_continuous(self) -> bool:

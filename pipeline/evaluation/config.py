@@ -19,9 +19,9 @@ Trace = Literal["hutchinson", "exact"]
 
 class _InFile(BaseModel, frozen=True, extra="forbid", strict=True):
     file: str = Field(min_length=1)
-    """A path or fsspec URI."""
+    """Path or fsspec URI of the weights."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Of the file: another one is refused."""
+    """SHA-256 of the file; one with another hash is refused."""
 
     @property
     def digest(self) -> str:
@@ -32,12 +32,15 @@ class NetworkFile(_InFile, frozen=True):
     """TorchScript (.pt) or ONNX (.onnx), from images (B, 3, S, S) float32 to features (B, D)."""
 
     kind: Literal["file"]
+    """A network in a file, the default."""
     name: str = Field(pattern=r"^[a-z0-9_]+$", max_length=40)
-    """Figures are named after it, as in fd_NAME; `inception` makes them FID, KID, ..."""
+    """What figures are named after, as in fd_NAME; `inception` makes them FID, KID and inception
+    score."""
     image_size: int = Field(ge=8, le=1024)
-    """S, to which images are brought by Pillow's bicubic filter (Parmar et al. 2022)."""
+    """S, the side in pixels to which images are resized, by Pillow's bicubic filter (Parmar et al.
+    2022)."""
     value_range: Annotated[tuple[float, float], Field(strict=False)] = (-1.0, 1.0)
-    """What black and white are to the network."""
+    """The values of black and white that the network expects."""
 
     @field_validator("file")
     @classmethod
@@ -54,6 +57,7 @@ class InceptionWeights(_InFile, frozen=True):
     """
 
     kind: Literal["inception"]
+    """The network that the FID is defined on."""
 
     name: ClassVar[str] = "inception"
     image_size: ClassVar[int] = 299
@@ -64,8 +68,8 @@ class InceptionWeights(_InFile, frozen=True):
     def _is_safetensors(cls, file: str) -> str:
         if not file.lower().endswith(".safetensors"):
             raise ValueError(
-                f"{file!r} must end in .safetensors: no pickle is read here, and README.md says "
-                "how to make the one of the other"
+                f"{file!r} must end in .safetensors: no pickle is read here, and configs/README.md "
+                "says how to convert one"
             )
         return file
 
@@ -78,6 +82,7 @@ class EfficientNetLite0(BaseModel, frozen=True, extra="forbid", strict=True):
     """
 
     kind: Literal["efficientnet_lite0"]
+    """A network with ImageNet weights that comes out of a package."""
 
     name: ClassVar[str] = "efficientnet_lite0"
     digest: ClassVar[str] = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -102,7 +107,9 @@ class OverStepsConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Samplers that are compared by what they make of few steps."""
 
     samplers: Annotated[tuple[SamplerName, ...], Field(strict=False)]
+    """The samplers to compare."""
     steps: Annotated[tuple[int, ...], Field(strict=False)]
+    """The numbers of steps to compare them at."""
     samples: int = Field(default=500, ge=2)
     """Images drawn by each sampler with each number of steps."""
 
@@ -122,24 +129,27 @@ class EvaluationConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How a trained model is measured."""
 
     samples: int = Field(default=500, ge=1)
-    """Images drawn, their labels going round the classes."""
+    """Images drawn for the figures, their labels going round the classes."""
     sigma_rel: float | None = None
-    """Of training.ema.kind=power: the width of the average that is measured and registered, any
-    that its snapshots can make; by default the first of training.ema.sigma_rel."""
+    """For training.ema.kind=power: the width of the average that is measured and registered, any
+    that the snapshots can make; by default the first of training.ema.sigma_rel."""
     classifier_epochs: int = Field(default=30, ge=1)
-    """Passes over the training images for the classifier that judges the samples."""
+    """Passes over the training images in which the judge is fitted, the classifier that finds
+    features and tells classes."""
     extractor: ExtractorConfig | None = None
-    """Of the features that figures compare; by default the classifier."""
+    """The network that finds the features which figures compare; by default the judge."""
     during_training: int = Field(default=0, ge=0)
-    """Images drawn of each checkpoint whose figures are logged while training goes on; 0 for none.
-    They have the number in their names, since some figures depend on it."""
+    """Images drawn from each checkpoint whose figures are logged while training goes on; 0 for
+    none. The number stands in their names, since some figures depend on it."""
     over_steps: OverStepsConfig | None = None
-    """Draws a curve of quality over evaluations of the network, a point for each of its pairs."""
+    """Samplers and numbers of steps that are compared, as a curve of quality over evaluations of
+    the network; by default none."""
     elbo_images: int = Field(default=0, ge=0)
-    """Held-out images whose variational bound is computed, all timesteps of it; 0 for none."""
+    """Held-out images whose variational bound is computed, over all timesteps; 0 for none."""
     ode_images: int = Field(default=0, ge=0)
     """Held-out images whose likelihood is computed by the probability-flow ODE; 0 for none."""
     ode_trace: Trace = "hutchinson"
-    """Of the ODE's divergence: an unbiased estimate, or exact at the cost of all dimensions."""
+    """How the ODE's divergence is computed: by an unbiased estimate, or exactly, at a cost that
+    grows with the number of pixels."""
     ode_draws: int = Field(default=1, ge=1, le=100)
     """Likelihoods of each image, each with its own dequantisation and estimate of the trace."""

@@ -29,32 +29,39 @@ class UNetConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The shape of the U-Net."""
 
     kind: Literal["unet"] = "unet"
+    """A U-Net, the default."""
     base_channels: int = Field(ge=4, multiple_of=4)
+    """Channels of the first level."""
     channel_multipliers: list[int] = Field(min_length=1)
-    """Channels of each level, in base_channels; the resolution halves from level to level."""
+    """Channels of each level, as multiples of base_channels; the resolution halves from level to
+    level."""
     blocks_per_level: int = Field(default=2, ge=1)
+    """Residual blocks of a level on the way down; on the way up there is one more."""
     attention_at: list[int] = []
-    """Resolutions (in pixels) at which the blocks are followed by self-attention."""
+    """Resolutions in pixels at which the blocks are followed by self-attention."""
     head_channels: int | None = Field(default=None, ge=1)
-    """Of an attention head. By default there is one head of all channels, as in Ho et al. 2020: it
-    keeps the kernels of a CPU busy. ADM has 64."""
+    """Channels of an attention head. By default there is one head of all channels, as in Ho et al.
+    2020, which is fastest on a CPU; ADM has 64."""
     conditioning: Literal["scale_shift", "add"] = "scale_shift"
-    """How timestep and class reach a block: as scale and shift of what its second GroupNorm gives
-    (ADM, section 3.1, "adaptive group normalization"), or added before it (Ho et al. 2020)."""
+    """How timestep and class reach a block. scale_shift: they scale and shift the output of its
+    second GroupNorm (ADM, section 3.1). add: they are added before it (Ho et al. 2020)."""
     resample: Literal["conv", "block"] = "conv"
     """What halves and doubles the resolution between levels: a convolution, or a residual block
-    (ADM, section 3, after BigGAN)."""
+    (ADM, section 3)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of a block's activations, before its second convolution, dropped in training."""
+    """Share of a block's activations, before its second convolution, that is dropped in
+    training."""
     norm_groups: int | None = Field(default=None, ge=1)
-    """Of every GroupNorm. By default at most 32 of at least 4 channels, as each layer has room."""
+    """Groups of every GroupNorm. By default each layer has up to 32 groups of at least 4
+    channels."""
     norm_eps: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     """What a GroupNorm adds to a variance; 1e-6 in Ho et al. 2020."""
     halving_padding: Literal["around", "after"] = "around"
-    """Where a convolution that halves the resolution sees zeros: all around the image, or only
-    right of it and below (Ho et al. 2020)."""
+    """Where a convolution that halves the resolution is padded with zeros: all around the image,
+    or only on its right and lower sides (Ho et al. 2020)."""
     sines_first: bool = False
-    """Order of the sines and cosines that tell the timestep; in Ho et al. 2020 sines come first."""
+    """Whether the sines come before the cosines in the embedding of the timestep, as in Ho et al.
+    2020."""
     frequency_shift: Literal[0, 1] = 0
     """With 1, as in Ho et al. 2020, the lowest frequency of the timestep is 1/10,000 itself."""
 
@@ -101,17 +108,19 @@ class DiTConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """The shape of the transformer."""
 
     kind: Literal["dit"] = "dit"
+    """A diffusion transformer (Peebles & Xie 2023)."""
     patch_size: int = Field(ge=1)
-    """In pixels; the smaller, the more tokens."""
+    """Side of a patch in pixels; smaller patches make more tokens."""
     width: int = Field(ge=4, multiple_of=4)
     """Channels of a token."""
     depth: int = Field(ge=1)
     """Number of blocks."""
     heads: int = Field(ge=1)
+    """Attention heads; they divide the width."""
     mlp_ratio: float = Field(default=4.0, gt=0, allow_inf_nan=False)
-    """Hidden units of a block's MLP, in widths."""
+    """Hidden units of a block's MLP, as a multiple of the width."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of what attention and MLP add to a token that is dropped in training."""
+    """Share of the outputs of attention and MLP that is dropped in training."""
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> "DiTConfig":

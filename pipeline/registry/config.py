@@ -10,17 +10,20 @@ class TrackingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Where runs and models are recorded."""
 
     uri: str | None = None
-    """MLflow tracking URI; by default MLFLOW_TRACKING_URI, or sqlite:///mlflow.db."""
+    """MLflow tracking URI; by default MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in the working
+    folder."""
 
 
 class Rule(BaseModel, frozen=True, extra="forbid", strict=True):
     """What a figure must be, for the alias to move."""
 
     at_least: float | None = Field(default=None, allow_inf_nan=False)
+    """Least value of the figure."""
     at_most: float | None = Field(default=None, allow_inf_nan=False)
+    """Largest value of the figure."""
     better_than_champion: bool = False
-    """By more than the 95 % interval of the difference; true of any figure if there is no champion
-    yet. The champion is the version that the alias points at."""
+    """Whether it must beat the version that the alias points at, by more than the 95 % interval of
+    the difference; holds if there is no such version yet."""
 
     @model_validator(mode="after")
     def _states_something(self) -> Self:
@@ -39,9 +42,9 @@ class RegistryConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """How a trained model is registered."""
 
     alias: str = Field(default="champion", pattern=r"^[A-Za-z0-9_-]+$")
-    """The alias that the new version takes over, if the rules hold."""
+    """The alias that moves to the new version, if the rules hold."""
     promote_if: dict[str, Rule] = {}
-    """Rules by the name of the figure; none: always."""
+    """Rules, each under the name of its figure; without rules the alias always moves."""
 
     @field_validator("alias")
     @classmethod

@@ -50,37 +50,47 @@ class SolverSettings(BaseModel, frozen=True, extra="forbid", strict=True):
     """How images are drawn, but for the steps and the guidance, which have other names in HTTP."""
 
     sampler: SamplerName = "ddim"
+    """The solver. langevin and ode have steps that depend on the image: they work offline, and are
+    not served."""
     spacing: Spacing = "trailing"
-    """Where the noise levels lie: see pipeline/samplers/spacing.py."""
+    """Where the noise levels lie; formulas in pipeline/samplers/spacing.py."""
     guidance_rescale: float = Field(default=0.0, ge=0.0, le=1.0)
     """φ: how far the guided output gets back the standard deviation of the conditional one."""
     guidance_interval: Annotated[tuple[FiniteFloat, FiniteFloat], Field(strict=False)] | None = None
     """[σ_low, σ_high]: guide only at noise levels σ = √((1-ᾱ)/ᾱ) within it."""
     clip_x_0: bool = True
-    """Clip x̂_0 to the data range [-1, 1] at every step."""
+    """Whether x̂_0 is clipped to the data range [-1, 1] at every step."""
     threshold_quantile: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Dynamic thresholding: clip to this quantile of |x̂_0| where it is above 1, divide by it."""
+    """Dynamic thresholding: where this quantile of |x̂_0| is above 1, x̂_0 is clipped to it and
+    divided by it."""
     eta: float = Field(default=0.0, ge=0.0, le=1.0)
-    """DDIM's η: 0 is deterministic, 1 is ancestral with σ² = β̃."""
+    """For ddim: η, 0 is deterministic and 1 is ancestral with σ² = β̃."""
     order: int = Field(default=2, ge=1, le=3)
-    """Of dpm_solver, dpm_solver_pp, unipc and deis."""
+    """Order of dpm_solver, dpm_solver_pp, unipc and deis."""
     singlestep: bool = False
-    """Reach the order by evaluations between the noise levels, not by those before."""
+    """For dpm_solver and dpm_solver_pp: reach the order by evaluations between two noise levels, in
+    place of earlier ones."""
     stochastic: bool = False
-    """DPM-Solver++ for the SDE: fresh noise at every step."""
+    """For dpm_solver_pp: solve the SDE, with fresh noise at every step."""
     churn: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    """For euler and heun: S_churn of Karras et al. 2022, Algorithm 2; noise added before a step."""
     churn_min: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    """For euler and heun: S_tmin, the least σ at which noise is added."""
     churn_max: float | None = Field(default=None, ge=0.0, allow_inf_nan=False)
+    """For euler and heun: S_tmax, the largest σ at which noise is added; by default any."""
     churn_noise: float = Field(default=1.0, gt=0.0, le=10.0)
-    """S_churn, S_tmin, S_tmax (none: no bound) and S_noise of Karras et al. 2022, Algorithm 2."""
+    """For euler and heun: S_noise, the standard deviation of that noise."""
     corrector_steps: int = Field(default=1, ge=0, le=100)
+    """For langevin: Langevin steps at each noise level."""
     corrector_snr: float = Field(default=0.16, gt=0.0, le=1.0)
-    """Langevin steps at each noise level, and their signal-to-noise ratio r."""
+    """For langevin: the signal-to-noise ratio r of these steps."""
     predictor: Literal["ancestral", "none"] = "ancestral"
-    """none: annealed Langevin dynamics, correctors alone."""
+    """For langevin: what moves an image to the next noise level. none: annealed Langevin dynamics,
+    correctors alone."""
     rtol: float = Field(default=1e-5, ge=1e-10, le=1e-1)
+    """For ode: relative tolerance of the adaptive solver."""
     atol: float = Field(default=1e-5, ge=1e-10, le=1e-1)
-    """Tolerances of the adaptive ODE solver."""
+    """For ode: absolute tolerance of the adaptive solver."""
 
     @model_validator(mode="after")
     def _settings_belong_to_the_sampler(self) -> Self:
@@ -121,8 +131,8 @@ class SamplingConfig(SolverSettings, frozen=True, extra="forbid", strict=True):
     """How images are drawn."""
 
     steps: int = Field(default=DEFAULT_STEPS, ge=1)
-    """Noise levels visited, at most the schedule's timesteps. Most samplers evaluate the network
-    once at each; heun and single-step solvers more often, pndm once more in all."""
+    """Noise levels that an image visits, at most the schedule's timesteps. Most samplers evaluate
+    the network once at each; heun and singlestep more often, pndm once more in all."""
     guidance: float = Field(default=0.0, ge=0.0, le=50.0, allow_inf_nan=False)
     """w of classifier-free guidance, ε = (1+w) ε(c) - w ε(∅); 0 is the plain conditional model."""
 

@@ -31,24 +31,36 @@ class GenerationRequest(SolverSettings, frozen=True, extra="forbid", strict=True
     """The body of a request: what OpenAI's clients send, and the settings of a solver."""
 
     prompt: Text | None = None
-    """A class name of the model; OpenAI clients always send one. Empty for none."""
+    """Name of a class of the model, or nothing; OpenAI's clients always send one."""
     model: Text | None = None
+    """The model, as `GET /v1/models` names it, or any version in the registry; by default the one
+    that is served."""
     n: int = Field(default=1, ge=1)
+    """Number of images, at most serving.max_images."""
     size: Text = "auto"
+    """auto, or the model's own size, as in 28x28."""
     response_format: Literal["b64_json"] = "b64_json"
+    """How images come back: in the JSON, as base64."""
     output_format: Format = "png"
+    """File format; both are lossless."""
     stream: bool = False
-    """Server-sent events: images as they come, and before them partial images."""
+    """Whether images come as server-sent events as they are done, and before them partial
+    images."""
     partial_images: int = Field(default=0, ge=0)
-    """Of each image, evenly over its evaluations; OpenAI's clients ask for 3 at most."""
+    """Partial images of each image, evenly over its evaluations; OpenAI's clients ask for 3 at
+    most."""
     user: Text | None = None
+    """Taken, since OpenAI's clients send it, and not used."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """Drawn at random and reported when missing."""
+    """Seed of all images; drawn at random and reported when missing."""
     class_label: int | None = Field(default=None, ge=0)
+    """Number of a class, in place of its name in `prompt`."""
     num_inference_steps: int | None = Field(default=None, ge=1)
-    """By default 50, or as many as the model has timesteps."""
+    """Noise levels that an image visits; by default 50, or as many as the model has timesteps."""
     guidance_scale: float = Field(default=0.0, ge=0, le=50, allow_inf_nan=False)
+    """w of classifier-free guidance, ε = (1+w) ε(c) - w ε(∅)."""
     mode: Mode | None = None
+    """exact or fast; by default serving.mode."""
 
     def sampling(self, spec: ModelSpec) -> SamplingConfig:
         return SamplingConfig(

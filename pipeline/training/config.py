@@ -44,16 +44,21 @@ class EmaConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """Which averages of the weights are kept."""
 
     kind: Literal["decay", "half_life", "power"] = "decay"
+    """decay: a factor for each step. half_life: a half-life in images (EDM). power: averages of
+    several widths, from which others are made after training (EDM2)."""
     decay: float = Field(default=0.9999, ge=0, lt=1)
+    """For kind=decay: how much of the average stays in a step."""
     half_life: int = Field(default=500_000, ge=1)
-    """In images."""
+    """For kind=half_life: images after which half of the average is new."""
     ramp_up: float = Field(default=0.05, gt=0, allow_inf_nan=False)
-    """The half-life is at most this share of the images seen."""
+    """For kind=half_life: the half-life is at most this share of the images seen so far."""
     sigma_rel: list[float] = Field(default=[0.05, 0.10], min_length=1)
-    """Standard deviations of the steps in a power average, as shares of training: one average for
-    each. The first is the model's; any other can be had after training, see posthoc.py."""
+    """For kind=power: a width for each average, the standard deviation of the steps in it as a
+    share of training. The first is the model's; evaluation.sigma_rel makes any other from the
+    snapshots."""
     num_snapshots: int = Field(default=16, ge=1)
-    """Of each power average, evenly over training: what others are made from."""
+    """For kind=power: snapshots of each average, evenly over training, that others are made
+    from."""
 
     @model_validator(mode="after")
     def _settings_have_an_owner(self) -> "EmaConfig":
@@ -101,76 +106,91 @@ class TrainingConfig(BaseModel, frozen=True, extra="forbid", strict=True):
     """
 
     steps: int = Field(ge=1)
+    """Optimizer steps of the whole training."""
     batch_size: int = Field(ge=1)
+    """Images of a step, of all workers together."""
     lr: float = Field(gt=0, allow_inf_nan=False)
+    """Learning rate, after the warm-up."""
     objective: Literal["simple", "hybrid", "vlb"] = "simple"
     """simple: the error of the output. vlb: the variational bound. hybrid: simple, and the bound
     for the learned variance alone (Nichol & Dhariwal 2021, Eq. 16)."""
     loss_weight: LossWeight = "uniform"
-    """How much a noise level counts, of simple and hybrid: see pipeline/diffusion/losses.py."""
+    """How much each noise level counts in simple and hybrid; formulas in
+    pipeline/diffusion/losses.py."""
     min_snr_gamma: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    """For loss_weight=min_snr: γ, the largest weight of an error of x_0."""
     p2_gamma: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """For loss_weight=p2: the exponent γ."""
     p2_k: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """For loss_weight=p2: what is added to the signal-to-noise ratio."""
     sigmoid_bias: float = Field(default=2.0, allow_inf_nan=False)
+    """For loss_weight=sigmoid: b, the log-SNR at which an error of ε counts half."""
     timestep_sampler: TimestepSampler = "uniform"
-    """Which timesteps are drawn: see pipeline/training/timesteps.py."""
+    """How the timesteps of a batch are drawn; formulas in pipeline/training/timesteps.py."""
     log_normal_mean: float = Field(default=-1.2, allow_inf_nan=False)
+    """For timestep_sampler=log_normal: mean of ln σ."""
     log_normal_std: float = Field(default=1.2, gt=0, allow_inf_nan=False)
-    """Of ln σ."""
+    """For timestep_sampler=log_normal: standard deviation of ln σ."""
     lr_schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
-    """See pipeline/training/optimizer.py."""
+    """Learning rate after the warm-up. cosine: falls to 0 at the last step. inverse_sqrt: falls as
+    1/√step after lr_reference_steps."""
     lr_reference_steps: int = Field(default=10_000, ge=1)
-    """How long inverse_sqrt stays constant."""
+    """For lr_schedule=inverse_sqrt: steps for which the rate stays constant."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which the learning rate rises from 0 to lr."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Of AdamW; 0 makes it Adam."""
+    """Weight decay of AdamW; 0 makes it Adam."""
     grad_clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Largest norm of the gradient; larger ones are scaled down to it."""
     ema: EmaConfig = EmaConfig()
+    """Which averages of the weights are kept."""
     precision: Literal["auto"] | Precision = "auto"
-    """bfloat16 and float16: autocast in the network; weights, EMA, noising and loss stay float32.
-    tf32: float32 with products of 10 bits on GPUs that have them. float16: with a loss scale.
-    auto: bfloat16 if the devices of all workers compute it natively and the network is not too
-    small for it to pay on a CPU, else float32; a run that goes on keeps what it began with. See
-    pipeline/training/precision.py."""
+    """What the network computes in; weights, their averages, noising and the loss stay float32.
+    auto: bfloat16 where all workers compute it natively (GPUs from sm_80; CPUs with AVX512_BF16 or
+    AMX for networks from 50 MFLOP an image, smaller ones being faster in float32 there), else
+    float32. tf32: float32 with products of 10 bits on GPUs that have them. float16: with a loss
+    scale."""
     accumulate: int = Field(default=1, ge=1)
-    """A worker computes its rows of a batch in so many parts, one after the other, and steps once:
+    """Parts in which a worker computes its rows of a batch, one after the other, before one step:
     for batches that do not fit in memory."""
     channels_last: bool | None = None
-    """Keep images and convolutions with their channels side by side, as the tensor cores of GPUs
-    want them: by default on a GPU with bfloat16 or float16. On a CPU it is no faster, and with
-    bfloat16 slower."""
+    """Whether images and convolutions lie in memory with their channels last, as the tensor cores
+    of GPUs want them; by default on a GPU with bfloat16 or float16. On a CPU it is no faster, and
+    with bfloat16 slower."""
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
-    """The mode of torch.compile. reduce-overhead and max-autotune use CUDA graphs on a GPU. It
-    takes a minute or more at each start, and needs a C++ compiler; on a CPU it gains nothing."""
+    """The mode of torch.compile; the last two use CUDA graphs on a GPU. It takes a minute or more
+    at each start and needs a C++ compiler; on a CPU it gains nothing."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """With several workers. ddp: each has all weights. fsdp: each has a slice of them, of their
-    averages and of the optimizer's state, for networks that do not fit."""
+    """With several workers. ddp: each has all weights. fsdp: each has a slice of the weights, of
+    their averages and of the optimizer's state, for networks that do not fit."""
     recompute: bool = False
-    """Keep only what goes into each block of the network for the backward pass, and compute the
-    rest again there: less memory for a third more work."""
+    """Whether the backward pass computes the activations within a block again, in place of keeping
+    them: less memory for a third more work."""
     label_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the rows trained with the null label, for classifier-free guidance."""
+    """Share of the rows that are trained without their label, which guidance needs."""
     shuffle: Literal["full", "windowed"] = "full"
-    """full: any image may come next, so the decoded images must fit on a node's disk, and better in
+    """full: any image may come next; the decoded images must fit on a node's disk, and better in
     its memory. windowed: images are read by row group and shuffled within windows, so the data may
     have any size."""
     shuffle_window: int = Field(default=16384, ge=1)
-    """Images, of all workers together, that a batch is drawn from; the workers together hold about
+    """For shuffle=windowed: images that a batch is drawn from; the workers together hold about
     twice as many."""
     shuffle_lanes: int = Field(default=8, ge=1)
-    """At how many places of the data a batch is read at once. With as many workers or fewer, each
-    reads its own part of the data."""
+    """For shuffle=windowed: places of the data that a batch is read from at once. With as many
+    workers or fewer, each worker reads its own part of the data."""
     horizontal_flip: float = Field(default=0.0, ge=0, le=1)
-    """Probability that an image is shown left for right."""
+    """Probability that an image is mirrored left to right."""
     vertical_flip: float = Field(default=0.0, ge=0, le=1)
-    """Probability that an image is shown top for bottom."""
+    """Probability that an image is mirrored top to bottom."""
     shift: int = Field(default=0, ge=0)
-    """By how many pixels an image is moved along each axis at most; its edges are reflected."""
+    """Most pixels by which an image is moved along each axis; its edges are reflected."""
     log_every: int = Field(default=50, ge=1)
+    """Steps between two points of the curves in MLflow."""
     checkpoint_every: int = Field(default=1000, ge=1)
+    """Steps between two checkpoints; a multiple of log_every."""
     keep_checkpoints: int = Field(default=3, ge=1)
-    """The last few stay, and the one with the least loss on held-out images."""
+    """Checkpoints that are kept: the last ones, and beside them the one with the least loss on
+    held-out images."""
 
     @model_validator(mode="after")
     def _slices_agree_on_overflow(self) -> "TrainingConfig":
