@@ -11,40 +11,52 @@ from tasks.commands import comparison, configs, exchange, images, jobs, models, 
 from tasks.console import console, show_error
 
 app = typer.Typer(
-    help="Images in, a served diffusion model out.",
+    help="Images in, a served diffusion model out. A run is a YAML file, see configs/README.md.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-VERBS: dict[str, Callable[..., None]] = {
-    "new": new.new,
-    "run": stages.run,
-    "preprocess": stages.preprocess,
-    "train": stages.train,
-    "evaluate": stages.evaluate,
-    "register": stages.register,
-    "status": configs.status,
-    "explain": configs.explain,
-    "config": configs.show_config,
-    "schedule": configs.draw_schedule,
-    "sample": images.sample,
-    "reproduce": images.reproduce,
-    "compare": comparison.compare,
-    "serve": service.serve,
-    "promote": models.promote,
-    "rollback": models.rollback,
-    "history": models.history,
-    "lineage": models.lineage,
-    "export": exchange.export,
-    "import": exchange.import_,
-    "submit": jobs.submit,
-    "jobs": jobs.list_jobs,
-    "logs": jobs.logs,
-    "cancel": jobs.cancel,
+VERBS: dict[str, dict[str, Callable[..., None]]] = {
+    "From images to a model": {
+        "new": new.new,
+        "run": stages.run,
+        "preprocess": stages.preprocess,
+        "train": stages.train,
+        "evaluate": stages.evaluate,
+        "register": stages.register,
+    },
+    "What a config says and would do": {
+        "status": configs.status,
+        "explain": configs.explain,
+        "config": configs.show_config,
+        "schedule": configs.draw_schedule,
+    },
+    "From a model to images": {
+        "sample": images.sample,
+        "reproduce": images.reproduce,
+        "serve": service.serve,
+    },
+    "Registered models": {
+        "compare": comparison.compare,
+        "promote": models.promote,
+        "rollback": models.rollback,
+        "history": models.history,
+        "lineage": models.lineage,
+        "export": exchange.export,
+        "import": exchange.import_,
+    },
+    "Runs as jobs of a cluster": {
+        "submit": jobs.submit,
+        "jobs": jobs.list_jobs,
+        "logs": jobs.logs,
+        "cancel": jobs.cancel,
+    },
 }
-for name, function in VERBS.items():
-    app.command(name)(function)
+"""The verbs, as `ddpm --help` groups them."""
+for panel, verbs in VERBS.items():
+    for name, function in verbs.items():
+        app.command(name, rich_help_panel=panel)(function)
 
 
 def _use_ray_token() -> None:

@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from tasks.stages.plan import Plan
     from tasks.stages.stage import Look
 
-ConfigArg = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+ConfigArg = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/README.md.")
+]
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="NAME@ALIAS or NAME@VERSION, as in digits@champion.")
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value, as in training.lr=3e-4."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a key, as in training.lr=3e-4; may be repeated."
+    ),
 ]
 
 

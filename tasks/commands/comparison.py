@@ -25,10 +25,12 @@ def compare(
         list[str],
         typer.Argument(metavar="MODEL MODEL...", help="Two or more, as in digits@1 digits@2."),
     ],
-    seed: Annotated[int, typer.Option(help="Of the picture; every model gets the same noise.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the picture; all models get the same noise.")
+    ] = 0,
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("compare.png"),
 ) -> None:
-    """Print the figures of models side by side, and draw images of the same seeds."""
+    """Print the figures of models side by side, and draw images from the same noise."""
     from pipeline.registry.gate import shown as figure_shown
     from pipeline.registry.versions import FIGURES_TAG, read_tag, resolve
 

@@ -13,7 +13,7 @@ from tasks.console import console, shown
 
 
 def status(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
-    """Say which stages are done and where their outputs are."""
+    """Show which stages are done and where their outputs are."""
     table = Table("stage", "state", "output", box=None, pad_edge=False)
     for planned in plan_stages(*load(context, config, set_)).stages:
         table.add_row(planned.name, "done" if planned.done else "to do", planned.folder)
@@ -21,12 +21,12 @@ def status(context: typer.Context, config: ConfigArg, set_: SetOption = None) ->
 
 
 def explain(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
-    """Say for each stage why it would or would not run."""
+    """Show for each stage whether it would run, and why."""
     print_plan(plan_stages(*load(context, config, set_)))
 
 
 def show_config(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
-    """Print the configuration with all defaults filled in."""
+    """Print the config with all defaults filled in."""
     resolved, _ = load(context, config, set_)
     print(yaml.safe_dump(resolved.model_dump(), sort_keys=False), end="")
 
@@ -37,7 +37,7 @@ def draw_schedule(
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("schedule.png"),
     set_: SetOption = None,
 ) -> None:
-    """Draw the noise schedule and the timesteps that the sampler visits, and say how it ends."""
+    """Draw the noise schedule and the timesteps that the sampler visits, as a PNG."""
     from pipeline.pictures import schedules
 
     resolved, _ = load(context, config, set_)

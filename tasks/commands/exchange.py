@@ -33,10 +33,10 @@ def export(
     ] = Format.DIFFUSERS,
     label: Annotated[
         int | None,
-        typer.Option(help="Of a model with classes the one that DDPMPipeline will draw."),
+        typer.Option(help="For a model with classes: the class that DDPMPipeline will draw."),
     ] = None,
 ) -> None:
-    """Write a registered model for other tools."""
+    """Write a registered model as files for other tools."""
     from pipeline.exchange import diffusers_folder, graphs
     from pipeline.loading import load_model
     from pipeline.registry.versions import resolve
@@ -68,9 +68,11 @@ def import_(
     context: typer.Context,
     folder: Annotated[
         str,
-        typer.Argument(metavar="DIR", help="As save_pretrained of a DDPMPipeline writes it."),
+        typer.Argument(
+            metavar="DIR", help="A folder that save_pretrained of a DDPMPipeline wrote."
+        ),
     ],
-    name: Annotated[str, typer.Option(help="Of the registered model.")],
+    name: Annotated[str, typer.Option(help="Name of the registered model.")],
 ) -> None:
     """Register the model in a folder of Hugging Face's diffusers."""
     from safetensors.torch import save

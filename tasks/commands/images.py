@@ -23,28 +23,38 @@ def sample(
     context: typer.Context,
     model: ModelArg,
     n: Annotated[int, typer.Option("-n", help="Number of images.")] = 16,
-    seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed; its image i is always the same.")] = 0,
     sampler: Annotated[
-        str, typer.Option(help="ddim, dpm_solver_pp, unipc, heun, ancestral, ...; see the README.")
+        str, typer.Option(help="ddim, unipc, heun, ancestral, ...; all are in configs/README.md.")
     ] = "ddim",
     steps: Annotated[
-        int | None, typer.Option(help="Noise levels an image passes; 50 by default.")
+        int | None, typer.Option(help="Noise levels that an image visits; 50 by default.")
     ] = None,
     spacing: Annotated[
         str, typer.Option(help="trailing, leading, linspace, karras or log_snr.")
     ] = "trailing",
-    order: Annotated[int, typer.Option(help="1, 2 or 3, of the solvers that have one.")] = 2,
-    label: Annotated[int | None, typer.Option(help="Class to draw; none by default.")] = None,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance weight w.")] = 0.0,
-    eta: Annotated[float, typer.Option(help="DDIM's η.")] = 0.0,
+    order: Annotated[int, typer.Option(help="Order 1, 2 or 3, for the solvers that have one.")] = 2,
+    label: Annotated[
+        int | None, typer.Option(help="Number of the class to draw; by default none.")
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option(help="Weight w of classifier-free guidance; 0: none.")
+    ] = 0.0,
+    eta: Annotated[float, typer.Option(help="DDIM's η, from 0 (deterministic) to 1.")] = 0.0,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any other key of a config's `sampling`, as in churn=10."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Another key of a config's `sampling`, as in churn=10; may be repeated.",
+        ),
     ] = None,
-    mode: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
+    mode: Annotated[
+        str, typer.Option(help="exact, or fast: a pixel may differ by a grey level.")
+    ] = "exact",
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")] = Path("samples"),
 ) -> None:
-    """Draw images from a registered model: DIR/0000.png ... and DIR/grid.png."""
+    """Draw images from a registered model into a folder: 0000.png ... and grid.png."""
     from pipeline.config import ClusterConfig, apply_override
     from pipeline.loading import load_model
     from pipeline.registry.versions import resolve

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 AddressOption = Annotated[
     str,
     typer.Option(
-        envvar="RAY_API_SERVER_ADDRESS", help="The head's job server, as http://HEAD:8265."
+        envvar="RAY_API_SERVER_ADDRESS", help="Job server of the cluster, as http://HEAD:8265."
     ),
 ]
-JobArg = Annotated[str, typer.Argument(metavar="JOB", help="As `ddpm jobs` lists it.")]
+JobArg = Annotated[
+    str, typer.Argument(metavar="JOB", help="Name of a job, as `ddpm jobs` lists it.")
+]
 
 
 def submit(
@@ -30,10 +32,10 @@ def submit(
     config: ConfigArg,
     address: AddressOption,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Follow the job and return its code.")
+        bool, typer.Option("--wait", help="Follow the job, and end with its exit code.")
     ] = False,
     attempts: Annotated[
-        int, typer.Option(min=1, help="How often it is started, if it is killed or fails.")
+        int, typer.Option(min=1, help="Starts at most, if it is killed or fails.")
     ] = 1,
     image: Annotated[
         str | None,
@@ -41,7 +43,7 @@ def submit(
     ] = None,
     set_: SetOption = None,
 ) -> None:
-    """Run a config as a job on a Ray cluster, or find the job that is at it."""
+    """Run a config as a job on a Ray cluster, or find the job that runs it."""
     from tasks.jobs.client import Jobs, Run
 
     resolved, tracking = load(context, config, set_)  # a mistake is better found here than there
@@ -73,7 +75,7 @@ def submit(
 
 
 def list_jobs(address: AddressOption) -> None:
-    """List the jobs that were submitted to a cluster."""
+    """List the jobs of a cluster."""
     from rich.table import Table
 
     from tasks.jobs.client import BY, CONFIG, Jobs
@@ -98,10 +100,11 @@ def logs(
     job: JobArg,
     address: AddressOption,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Until it is over; return its code.")
+        bool,
+        typer.Option("--follow", "-f", help="Follow it to its end, and end with its exit code."),
     ] = False,
 ) -> None:
-    """Print what a job has printed."""
+    """Print the output of a job."""
     from tasks.jobs.client import Jobs
 
     jobs = Jobs(address)
@@ -111,7 +114,7 @@ def logs(
 
 
 def cancel(job: JobArg, address: AddressOption) -> None:
-    """Stop a job; submitted again, the run goes on from what is finished."""
+    """Stop a job; submitted again, the run continues from what is finished."""
     from tasks.jobs.client import Jobs
 
     was_running = Jobs(address).cancel(job)

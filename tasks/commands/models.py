@@ -14,7 +14,9 @@ from tasks.commands.base import tracking_uri
 from tasks.commands.images import model_of, read_png
 from tasks.console import console, shown_uri
 
-NameArg = Annotated[str, typer.Argument(metavar="MODEL", help="The name alone, as in digits.")]
+NameArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Name of a model without a version, as in digits.")
+]
 AliasOption = Annotated[str, typer.Option(help="The alias to move.")]
 
 CHAIN = {
@@ -34,10 +36,10 @@ CHAIN = {
 
 def promote(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL@VERSION")],
+    model: Annotated[str, typer.Argument(metavar="MODEL@VERSION", help="As in digits@1.")],
     alias: AliasOption = "champion",
 ) -> None:
-    """Point an alias at a version, whatever the gate says of it."""
+    """Point an alias at a version, whatever the gate decided."""
     from pipeline.registry.aliases import promote as move
     from pipeline.registry.versions import resolve
 
@@ -51,7 +53,7 @@ def promote(
 
 
 def rollback(context: typer.Context, model: NameArg, alias: AliasOption = "champion") -> None:
-    """Point an alias at the version it was before; once more goes back further."""
+    """Point an alias at the version before; repeated, at the one before that."""
     from pipeline.registry.aliases import rollback as move
 
     alias = _checked(alias)
@@ -64,7 +66,7 @@ def history(
     model: NameArg,
     alias: Annotated[str, typer.Option(help="The alias.")] = "champion",
 ) -> None:
-    """Show when an alias moved, from which version to which, and by what."""
+    """Show when an alias moved, from which version to which, and who moved it."""
     from pipeline.registry.aliases import history as moves_of
 
     moves = moves_of(model, _checked(alias), _registry(context, model))
@@ -83,7 +85,7 @@ def lineage(
         str, typer.Argument(metavar="FILE.png|MODEL", help="A PNG made by ddpm, or a model.")
     ],
 ) -> None:
-    """Show what an image or a model was made from, down to the hashes of the source."""
+    """Show what an image or a model was made from, down to the hash of its source."""
     from pipeline.loading import read_lineage
     from pipeline.registry.aliases import DECISION_TAG
     from pipeline.registry.versions import resolve

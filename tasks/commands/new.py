@@ -19,19 +19,20 @@ if TYPE_CHECKING:
 def new(
     source: Annotated[
         str,
-        typer.Argument(help="Images: a folder, an archive, a glob or a bucket; see data.source."),
+        typer.Argument(help="A folder, an archive, a glob or a bucket, see configs/README.md."),
     ],
     minutes: Annotated[
         float, typer.Option(min=1, max=1e6, help="How long `ddpm run` may take on this machine.")
     ] = 30,
     size: Annotated[
-        int | None, typer.Option(help="Pixels of a side; by default as many as there is time for.")
+        int | None,
+        typer.Option(help="Height and width in pixels; by default as there is time for."),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Of the model; by default that of the source.")
+        str | None, typer.Option(help="Name of the model; by default that of the source.")
     ] = None,
 ) -> None:
-    """Look at images and print a config for them, with its reasons: ddpm new SOURCE > my.yaml."""
+    """Look at images and print a config for them, with the reason beside each value."""
     from pipeline.data.survey import survey
     from pipeline.proposal.decisions import propose
     from pipeline.proposal.fit import Wishes, checked_size

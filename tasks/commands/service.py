@@ -19,17 +19,21 @@ def serve(
     context: typer.Context,
     model: ModelArg,
     replicas: Annotated[
-        int | None, typer.Option(help="Copies of the model; by default as its config said.")
+        int | None, typer.Option(help="Number of replicas; by default as the model's config says.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any key of a config's `serving`, as in max_images=16."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a key of `serving`, as in max_images=16; may be repeated.",
+        ),
     ] = None,
     api_keys: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Lines `NAME KEY`: who may ask; everybody without."),
+        typer.Option(metavar="FILE", help="Lines `NAME KEY`; by default everybody may ask."),
     ] = None,
 ) -> None:
     """Serve a registered model over HTTP until Ctrl-C."""

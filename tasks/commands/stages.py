@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def run(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
-    """Run every stage that has not been run: preprocess, train, evaluate, register, sample."""
+    """Run every stage that is not done: preprocess, train, evaluate, register, sample."""
     _run_stages(context, config, set_, "sample")
 
 
@@ -44,17 +44,17 @@ def preprocess(context: typer.Context, config: ConfigArg, set_: SetOption = None
 
 
 def train(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
-    """Train the network, and what that needs."""
+    """Train the network, after the stages that it needs."""
     _run_stages(context, config, set_, "train")
 
 
 def evaluate(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
-    """Score the trained network, and what that needs."""
+    """Measure the trained network, after the stages that it needs."""
     _run_stages(context, config, set_, "evaluate")
 
 
 def register(context: typer.Context, config: ConfigArg, set_: SetOption = None) -> None:
-    """Register the trained network in MLflow, and what that needs."""
+    """Register the trained network in MLflow, after the stages that it needs."""
     _run_stages(context, config, set_, "register")
 
 
