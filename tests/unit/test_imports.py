@@ -2,7 +2,6 @@
 
 import ast
 import graphlib
-import re
 from pathlib import Path
 
 import pytest
@@ -131,16 +130,3 @@ def test_the_environment_is_read_in_two_places_only() -> None:
 def test_no_file_reads_pickles() -> None:
     words = ("torch.load(", "pickle.load", "weights_only=False", "joblib")
     assert [path.name for path in FILES if any(word in path.read_text() for word in words)] == []
-
-
-def test_the_readme_names_every_module_of_pipeline() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert [p.name for p in IN_PIPELINE if p.name != "__init__.py" and p.name not in readme] == []
-
-
-def test_the_page_of_tasks_names_each_of_its_modules_and_no_others() -> None:
-    named = re.findall(
-        r"^- `([\w/]+\.py)`: ", (ROOT / "tasks" / "README.md").read_text(), re.MULTILINE
-    )
-    there = [path.relative_to(ROOT / "tasks").as_posix() for path in IN_TASKS]
-    assert sorted(named) == sorted(name for name in there if not name.endswith("__init__.py"))

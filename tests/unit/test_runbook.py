@@ -12,6 +12,7 @@ import yaml
 from tasks.__main__ import app
 from tests.conftest import ROOT
 from tests.infra import BUILDS, FILES, INFRA, KUBERNETES, built, documents
+from tests.pages import fences
 
 RUNBOOK = (INFRA / "RUNBOOK.md").read_text()
 README = (INFRA / "README.md").read_text()
@@ -85,7 +86,11 @@ def test_every_place_exists() -> None:
                     assert (root / place).exists(), f"{file}: {place}"
         for link in re.findall(r"\]\(([^)#]+)\)", text):
             assert (here / link).exists(), f"{file}: {link}"
-    tree = re.findall(r"^( *)([\w./-]+)  ", README.split("```")[1], re.MULTILINE)
+    tree = re.findall(
+        r"^( *)([\w./-]+)  ",
+        next(it.text for it in fences(README) if not it.language),
+        re.MULTILINE,
+    )
     above: dict[int, str] = {}
     for indent, name in tree:
         place = above.get(len(indent) - 2, "") + name
