@@ -20,7 +20,7 @@ class DataConfig(BaseModel, frozen=True, extra="forbid", strict=True):
 
     source: str = Field(min_length=1)
     """A folder, an archive, or a glob of either, as a path or fsspec URI; or `builtin:digits`.
-    Each file is read as what its name says, see formats/choice.py."""
+    Each file is read as what its name says: pipeline/data/formats/choice.py."""
     labels: str | None = None
     """A .csv, .tsv, .json or .jsonl file with the label of each image, used instead of the labels
     that the source itself has."""
