@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import json
 import logging
 import os
 import socket
@@ -41,6 +42,12 @@ def keep_memory() -> None:
 def default_address(config: ClusterConfig) -> str | None:
     """The address of the cluster to join; None to start a local one."""
     return config.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def job_metadata() -> dict[str, str] | None:
+    """What was told of the job of a cluster that this process is of; None if it is of none."""
+    told = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    return None if told is None else dict(json.loads(told).get("metadata") or {})
 
 
 @contextlib.contextmanager

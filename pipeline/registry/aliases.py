@@ -18,7 +18,7 @@ from pipeline.errors import ModelNotFound, UserError
 from pipeline.registry.config import Rule
 from pipeline.registry.gate import Champion, Decision, Figures, judge
 from pipeline.registry.lock import lock_model
-from pipeline.registry.runs import explained, make_client
+from pipeline.registry.store import explained, make_client
 from pipeline.registry.versions import (
     FIGURES_TAG,
     ModelReference,

@@ -66,6 +66,16 @@ images = model.predict({{"n": 4, "seed": 0}})  # (4, H, W, C) uint8
     return "\n\n".join(parts) + "\n"
 
 
+def summary(spec: ModelSpec, figures: Mapping[str, Any], logged_model: str) -> str:
+    """The description of a version, as Markdown: what it draws, its figures, where more stands.
+
+    Args:
+        logged_model: a link to the logged model that it was made from.
+    """
+    more = f"Parameters, data and the model card: logged model {logged_model}."
+    return "\n\n".join([_what_it_draws(spec), *([_figure_table(figures)] if figures else []), more])
+
+
 def _what_it_draws(spec: ModelSpec) -> str:
     size = f"{spec.image_size}x{spec.image_size}"
     colours = {1: "grey", 3: "colour"}.get(spec.channels, f"{spec.channels}-channel")
@@ -90,20 +100,21 @@ def _data(spec: ModelSpec, lineage: Mapping[str, Any]) -> Iterator[str]:
 def _figures(scores: Mapping[str, Any]) -> str:
     figures: Mapping[str, Any] = scores.get("figures", {})
     parts = []
-    if figures:
-        rows = [
-            (f"`{name}`", shown(figure), str(figure["n"]), figure["better"])
-            for name, figure in figures.items()
-        ]
-        parts.append(_table(("figure", "value [95 % interval]", "n", "better"), rows))
-    else:
-        parts.append("None were measured.")
+    parts.append(_figure_table(figures) if figures else "None were measured.")
     if skipped := scores.get("skipped", {}):
         parts.append("\n".join(f"- no `{name}`: {why}" for name, why in skipped.items()))
     if protocol := scores.get("protocol", {}):
         stated = yaml.safe_dump(protocol, sort_keys=False, allow_unicode=True).strip()
         parts.append(f"The samples were drawn so:\n\n```yaml\n{stated}\n```")
     return "\n\n".join(parts)
+
+
+def _figure_table(figures: Mapping[str, Any]) -> str:
+    rows = [
+        (f"`{name}`", shown(figure), str(figure["n"]), figure["better"])
+        for name, figure in figures.items()
+    ]
+    return _table(("figure", "value [95 % interval]", "n", "better"), rows)
 
 
 def _flat(lineage: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -2,168 +2,148 @@
 
 Only the driver writes to it. A run is found again by the id of the training it records, and a
 metric is written only beyond the last step that is there, so a resumed training doubles no points.
+What callers name as checkpoints do, `loss`, has its group in MLflow, `train/loss`: see names.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from PIL import Image
 
 from pipeline import storage
 from pipeline.errors import StorageError
-from pipeline.registry.lock import SQLITE, lock_store
+from pipeline.registry.lock import lock_store
+from pipeline.registry.names import grouped
+from pipeline.registry.origin import NOTE, Origin
+from pipeline.registry.store import artifact_location, explained, make_client
 
 if TYPE_CHECKING:  # importing mlflow takes seconds, which `ddpm config` need not wait for
-    from mlflow.tracking import MlflowClient
+    from mlflow.entities import Metric, Run
 
 TRAIN_ID = "ddpm.train_id"
-
-
-@contextlib.contextmanager
-def explained(uri: str) -> Iterator[None]:
-    """Turn MLflow's errors into one sentence about the tracking URI."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise StorageError(f"MLflow at {uri} cannot be used: {_reason(uri, error)}") from error
-
-
-def _reason(uri: str, error: Exception) -> str:
-    """Why, and what helps where that is known."""
-    text = str(error)
-    if "Invalid Host header" in text:
-        host = urlsplit(uri).netloc
-        return f"it refuses the name {host}; start it with --allowed-hosts {host}"
-    if "NewConnectionError" in text or "NameResolutionError" in text:
-        return (
-            "nothing answers there; start it (mlflow server), or set MLFLOW_TRACKING_URI to the "
-            "server that is meant"
-        )
-    return first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    """Of an error's message; MLflow's own may go on for a page."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def make_client(uri: str) -> MlflowClient:
-    """A client of the tracking and registry store, its database made if it is new.
-
-    The first use of a new sqlite file by two processes at once would fail, so each locks it.
-    """
-    with lock_store(uri), explained(uri):
-        if uri.startswith(SQLITE):
-            _make_database(Path(uri.removeprefix(SQLITE)))
-        return _open(uri)
-
-
-def _open(uri: str) -> MlflowClient:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    client.search_experiments(max_results=1)
-    return client
-
-
-def _make_database(path: Path) -> None:
-    """A sqlite store that is there is whole: a process killed while MLflow makes its tables leaves
-    a file that MLflow can neither use nor mend."""
-    if path.exists():
-        return
-    new = path.with_name(f"{path.name}.new")
-    for left in (new, new.with_name(f"{new.name}-journal")):
-        left.unlink(missing_ok=True)
-    _open(f"{SQLITE}{new}")
-    new.rename(path)
-
-
-def artifact_location(uri: str) -> str | None:
-    """Where a new experiment's files go: beside a sqlite store, not in the working folder.
-
-    A server has a place of its own for them: None.
-    """
-    return str(Path(uri.removeprefix(SQLITE)).parent / "mlruns") if uri.startswith(SQLITE) else None
-
-
-def log_artifact(client: MlflowClient, run_id: str, folder: str, name: str, data: bytes) -> None:
-    """Store a file with a run; for use within `explained`."""
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / name
-        path.write_bytes(data)
-        client.log_artifact(run_id, str(path), folder or None)
+EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Of an experiment: MLflow's pages open for the training of models, not for language models."""
+MOST_METRICS = 1000
+"""Of one call, MLflow's limit."""
 
 
 class TrackedRun:
     """The MLflow run that records one training, its evaluation and its registration."""
 
-    def __init__(self, uri: str, experiment: str, train_id: str, params: dict[str, Any]) -> None:
-        """Find the run of `train_id`, or create it with `params` (flat names, any values)."""
-        from mlflow.entities import Param
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        train_id: str,
+        params: dict[str, Any],
+        origin: Origin | None = None,
+        note: str = "",
+    ) -> None:
+        """Find the run of `train_id`, or create it.
 
-        self.uri = uri
+        Args:
+            params: flat names, any values.
+            origin: who makes it, if it is new.
+            note: Markdown, what it is, for people.
+        """
+        self.uri, self.experiment = uri, experiment
+        self.origin = origin or Origin()
+        self._last_step: dict[str, int] = {}
+        self._image_steps: dict[str, set[int]] = {}
         self.client = make_client(uri)
         with lock_store(uri), explained(uri):
-            experiment_id = self._experiment(experiment)
+            self.experiment_id = self._experiment()
             runs = self.client.search_runs(
-                [experiment_id], f"tags.`{TRAIN_ID}` = '{train_id}'", max_results=1
+                [self.experiment_id], f"tags.`{TRAIN_ID}` = '{train_id}'", max_results=1
             )
             run = (
                 runs[0]
                 if runs
                 else self.client.create_run(
-                    experiment_id,
+                    self.experiment_id,
                     run_name=f"{experiment}-{train_id[:8]}",
                     tags={TRAIN_ID: train_id},
                 )
             )
             self.run_id = str(run.info.run_id)
             self.client.update_run(self.run_id, status="RUNNING")
-            if not run.data.params:  # its maker may have been killed before it came to them
-                entries = [Param(name, str(value)) for name, value in params.items()]
-                self.client.log_batch(self.run_id, params=entries)
-        self._last_step: dict[str, int] = {}
-        self._image_steps: dict[str, set[int]] = {}
+            if NOTE not in run.data.tags:  # it is written last
+                self._describe(run, params, note)
 
-    def _experiment(self, name: str) -> str:
-        """The id of an experiment, which another process may be creating, too."""
+    def _experiment(self) -> str:
+        """The id of the experiment, which another process may be creating, too."""
         from mlflow.exceptions import MlflowException
 
-        found = self.client.get_experiment_by_name(name)
+        name, client = self.experiment, self.client
+        tags = {**EXPERIMENT_KIND, NOTE: f"Trainings of the diffusion model `{name}`, a run each."}
+        found = client.get_experiment_by_name(name)
         if found is None:
             try:
-                return str(self.client.create_experiment(name, artifact_location(self.uri)))
+                return str(client.create_experiment(name, artifact_location(self.uri), tags))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            found = self.client.get_experiment_by_name(name)
+            found = client.get_experiment_by_name(name)
+        for key in tags.keys() - found.tags.keys():  # of before; a person may have changed it
+            client.set_experiment_tag(found.experiment_id, key, tags[key])
         return str(found.experiment_id)
+
+    def _describe(self, run: Run, params: dict[str, Any], note: str) -> None:
+        """Write what the run lacks: its maker may have been killed before it came to it, or be of
+        a version that knew no groups of figures and no tags of MLflow."""
+        self.log_params(params)
+        for name in run.data.metrics:
+            if grouped(name) != name:
+                points = self._points(name)
+                self._log([_metric(grouped(name), p.value, p.timestamp, p.step) for p in points])
+        tags = self.origin.tags() | {NOTE: note}
+        self.set_tags({key: value for key, value in tags.items() if key not in run.data.tags})
 
     def log_history(self, records: list[dict[str, float]]) -> None:
         """Add records {step, name: value, ...}; what is there already is left as it is."""
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
         new: dict[tuple[str, int], float] = {}  # a record may come twice, from before a restart
         for record in records:
-            for name, value in record.items():
-                if name != "step" and record["step"] > self._last(name):
+            for plain, value in record.items():
+                name = grouped(plain)
+                if plain != "step" and record["step"] > self._last(name):
                     new.setdefault((name, int(record["step"])), value)
-        metrics = [Metric(name, value, now, step) for (name, step), value in new.items()]
-        for start in range(0, len(metrics), 1000):  # MLflow's limit of one call
-            batch = metrics[start : start + 1000]
+        self._log([_metric(name, value, now, step) for (name, step), value in new.items()])
+
+    def log_figures(
+        self,
+        step: int,
+        figures: Mapping[str, float],
+        model_id: str | None = None,
+        dataset: tuple[str, str] | None = None,
+    ) -> None:
+        """Add figures of a step, which a later evaluation may change; equal ones are kept.
+
+        Args:
+            model_id: of the logged model that they are figures of: it has them, too.
+            dataset: name and digest of what they were measured on, see `log_dataset`.
+        """
+        now = int(time.time() * 1000)
+        metrics = []
+        for plain, value in figures.items():
+            there = {p.timestamp: p.value for p in self._points(grouped(plain)) if p.step == step}
+            last = max(there, default=0)
+            # a point that is there is written again as it is, which adds none to the run: its
+            # writer may have been killed before the logged model had it
+            time_of = last if there.get(last) == value else max(now, last + 1)
+            metrics.append(_metric(grouped(plain), value, time_of, step, model_id, dataset))
+        self._log(metrics)
+
+    def _log(self, metrics: list[Metric]) -> None:
+        for start in range(0, len(metrics), MOST_METRICS):
+            batch = metrics[start : start + MOST_METRICS]
             try:
                 with explained(self.uri):
                     self.client.log_batch(self.run_id, metrics=batch)
@@ -173,27 +153,21 @@ class TrackedRun:
             for metric in batch:
                 self._last_step[metric.key] = max(metric.step, self._last(metric.key))
 
-    def log_figures(self, step: int, figures: dict[str, float]) -> None:
-        """Add figures that a later evaluation of the same step may change; equal ones are kept."""
-        with explained(self.uri):
-            latest = self.client.get_run(self.run_id).data.metrics
-            for name, value in figures.items():
-                if latest.get(name) != value:
-                    self.client.log_metric(self.run_id, name, value, step=step)
-
     def _last(self, name: str) -> int:
+        if name not in self._last_step:
+            self._last_step[name] = max((point.step for point in self._points(name)), default=-1)
+        return self._last_step[name]
+
+    def _points(self, name: str) -> list[Metric]:
         from mlflow.exceptions import MlflowException
 
-        if name not in self._last_step:
-            with explained(self.uri):
-                try:
-                    history = self.client.get_metric_history(self.run_id, name)
-                except MlflowException as error:
-                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # as some stores say
-                        raise
-                    history = []
-            self._last_step[name] = max((point.step for point in history), default=-1)
-        return self._last_step[name]
+        with explained(self.uri):
+            try:
+                return list(self.client.get_metric_history(self.run_id, name))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # as some stores say
+                    raise
+                return []
 
     def image_steps(self, name: str) -> set[int]:
         """The steps of which the series `name` has an image."""
@@ -221,8 +195,10 @@ class TrackedRun:
 
     def log_artifact(self, folder: str, name: str, data: bytes) -> None:
         """Store a file with the run; the same name again replaces it."""
-        with explained(self.uri):
-            log_artifact(self.client, self.run_id, folder, name, data)
+        with explained(self.uri), tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / name
+            path.write_bytes(data)
+            self.client.log_artifact(self.run_id, str(path), folder or None)
 
     def log_dataset(self, name: str, digest: str, source: str, facts: dict[str, Any]) -> None:
         """Record the ShardSet as the run's input."""
@@ -239,14 +215,37 @@ class TrackedRun:
         with explained(self.uri):
             self.client.log_inputs(self.run_id, datasets=[DatasetInput(entry, tags)])
 
-    def set_tags(self, tags: dict[str, str]) -> None:
+    def set_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
         with explained(self.uri):
             entries = [RunTag(name, value) for name, value in tags.items()]
             self.client.log_batch(self.run_id, tags=entries)
 
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Add parameters; of those that are there the first value stays, as MLflow has it."""
+        from mlflow.entities import Param
+
+        with explained(self.uri):
+            known = self.client.get_run(self.run_id).data.params
+            new = [Param(name, str(value)) for name, value in params.items() if name not in known]
+            self.client.log_batch(self.run_id, params=new)
+
     def finish(self, status: str = "FINISHED") -> None:
         """Close the run: FINISHED, FAILED or KILLED. It opens again when its training resumes."""
         with explained(self.uri):
             self.client.set_terminated(self.run_id, status)
+
+
+def _metric(
+    name: str,
+    value: float,
+    timestamp: int,
+    step: int,
+    model_id: str | None = None,
+    dataset: tuple[str, str] | None = None,
+) -> Metric:
+    from mlflow.entities import Metric
+
+    set_name, set_digest = dataset or (None, None)
+    return Metric(name, value, timestamp, step, model_id, set_name, set_digest)

@@ -48,6 +48,12 @@ def describe_for_mlflow(spec: ModelSpec) -> str:
     return yaml.safe_dump({**model.to_dict(), "is_signature_from_type_hint": True})
 
 
+def with_identity(description: bytes, model_id: str, run_id: str) -> bytes:
+    """MLmodel with the logged model and the run that it is of, which `predict`'s users may ask."""
+    known = yaml.safe_load(description) | {"model_id": model_id, "run_id": run_id}
+    return yaml.safe_dump(known).encode()
+
+
 def _type_for_mlflow(field: dict[str, Any]) -> Any:
     """MLflow's type of a field of a JSON schema; None is what a field that is left out has."""
     from mlflow.types import DataType

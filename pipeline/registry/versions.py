@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import storage
 from pipeline.errors import ModelNotFound, RequestError, StorageError, shown
 from pipeline.registry.lock import SQLITE
-from pipeline.registry.runs import explained, first_line, make_client
+from pipeline.registry.store import explained, first_line, make_client
 from pipeline.storage import FileEntry
 
 if TYPE_CHECKING:  # importing mlflow takes seconds

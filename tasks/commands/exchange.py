@@ -79,6 +79,7 @@ def import_(
 
     from pipeline.exchange.diffusers_folder import from_diffusers
     from pipeline.registry.folder import model_digest, model_files
+    from pipeline.registry.origin import Origin, commit_of_this_code
     from pipeline.registry.registration import register
     from pipeline.registry.runs import TrackedRun
     from pipeline.registry.versions import check_name
@@ -90,7 +91,9 @@ def import_(
     digest = model_digest(spec, weights)
     lineage = {"imported_from": uri}
     files = model_files(spec, weights, lineage)
-    run = TrackedRun(tracking_uri(context), name, f"import-{digest}", lineage)
+    note = f"The model in `{uri}`, a folder of diffusers, as `ddpm import` registered it."
+    origin = Origin(uri, commit=commit_of_this_code())
+    run = TrackedRun(tracking_uri(context), name, f"import-{digest}", lineage, origin, note)
     reference = register(run, name, files, {"ddpm.imported_from": uri})
     run.finish("FINISHED")
     kind = f"{spec.image_size}x{spec.image_size}x{spec.channels}"

@@ -3,9 +3,10 @@
 import contextlib
 import functools
 import logging
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 from rich.table import Table
@@ -30,6 +31,8 @@ MANY = 20_000
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
     from pipeline.data.items import FileGroup, LookInto
+    from pipeline.registry.origin import Origin
+    from pipeline.registry.runs import TrackedRun
     from tasks.stages.plan import Plan
 
 
@@ -67,8 +70,12 @@ def _run_stages(
 
     from tasks import cluster
     from tasks.stages import workflow
-    from tasks.stages.declarations import tracked_run
     from tasks.stages.preprocess import look_on_cluster
+    from tasks.stages.tracking import tracked_run
+
+    def open_run(plan: "Plan") -> "TrackedRun":
+        typed = _command_line(target, config_path, overrides or [])
+        return tracked_run(plan, _origin(config_path), typed)
 
     with contextlib.ExitStack() as stack:
 
@@ -93,13 +100,13 @@ def _run_stages(
         if not nothing_to_do:
             console.print(_how_long(plan, estimate))
         if target != "preprocess":
-            from pipeline.registry.runs import make_client
+            from pipeline.registry.store import make_client
 
             make_client(tracking_uri)  # a store that cannot be used is better found before the work
         if not nothing_to_do:
             start_ray()
         with Board(estimate) as board:
-            results = workflow.run(plan, board, tracked_run)
+            results = workflow.run(plan, board, open_run)
 
     console.print()
     table = Table("stage", "", "time", box=None, pad_edge=False)
@@ -109,6 +116,24 @@ def _run_stages(
         )
     console.print(table)
     _print_where_to_look(plan, target, log)
+
+
+def _origin(config_path: str) -> "Origin":
+    """Who runs this: a person here, or the one who submitted it as a job of a cluster."""
+    from pipeline.registry.origin import Origin, commit_of_this_code
+    from tasks.cluster import job_metadata
+    from tasks.jobs.client import BY
+
+    job = job_metadata()
+    kind: Literal["LOCAL", "JOB"] = "LOCAL" if job is None else "JOB"
+    return Origin(config_path, kind, (job or {}).get(BY), commit_of_this_code())
+
+
+def _command_line(target: str, config_path: str, overrides: list[str]) -> str:
+    """How a person would type it, an option a line."""
+    verb = "run" if target == "sample" else target
+    options = [shlex.join(["--set", override]) for override in overrides]
+    return " \\\n  ".join([shlex.join(["ddpm", verb, config_path]), *options])
 
 
 def _how_long(plan: "Plan", estimate: Estimate) -> str:
@@ -155,17 +180,29 @@ def _print_where_to_look(plan: "Plan", target: str, log: Path) -> None:
             parts = [name] if name else []
             console.print(f"{what:<9}{shown(storage.join(plan[stage].folder, *parts))}")
     if target != "preprocess":
-        console.print(f"MLflow   {_where_runs_are(plan.tracking_uri)}")
+        what = "MLflow"
+        for line in _where_runs_are(plan.tracking_uri, plan.config.name):
+            console.print(f"{what:<9}{line}")
+            what = ""
     if target == "sample":
         console.print(f"serve    {command('ddpm')} serve {_what_to_serve(plan)}")
     console.print(f"log      {shown(str(log))}")
 
 
-def _where_runs_are(tracking_uri: str) -> str:
-    """A server's page, or the command that starts one."""
-    if tracking_uri.startswith(("http://", "https://")):
-        return tracking_uri
-    return f"{command('mlflow')} ui --backend-store-uri {shown_uri(tracking_uri)}"
+def _where_runs_are(tracking_uri: str, experiment: str) -> list[str]:
+    """The page of an experiment, after the command that starts a server where there is none.
+
+    MLflow 3.17 opens its pages for language models, whatever an experiment says of itself, unless
+    the address or the switch above them says otherwise.
+    """
+    from pipeline.registry.store import make_client
+
+    start = f"{command('mlflow')} ui --backend-store-uri {shown_uri(tracking_uri)}"
+    is_server = tracking_uri.startswith(("http://", "https://"))
+    server = tracking_uri.rstrip("/") if is_server else "http://127.0.0.1:5000"
+    found = make_client(tracking_uri).get_experiment_by_name(experiment)
+    inner = f"/#/experiments/{found.experiment_id}?workflowType=machine_learning" if found else ""
+    return [f"{server}{inner}"] if is_server else [start, f"{server}{inner}"]
 
 
 def _what_to_serve(plan: "Plan") -> str:

@@ -12,6 +12,7 @@ from pipeline.loading import read_checkpoint
 from pipeline.registry.folder import MODEL_JSON, WEIGHTS, model_files, read_folder
 from pipeline.samplers.model import ModelSpec
 from pipeline.training import checkpoint, posthoc
+from pipeline.training.config import EmaConfig
 from tasks.stages.stage import StageContext
 
 FOLDER = "model"
@@ -26,17 +27,20 @@ def last_checkpoint(train_folder: str) -> checkpoint.CheckpointInfo:
     return checkpoint.read(train_folder, manifest.stats["step"])
 
 
+def of_checkpoints(ema: EmaConfig) -> str:
+    """Which weights of a checkpoint are measured, in words."""
+    return f"power average, sigma_rel {ema.sigma_rel[0]:g}" if ema.kind == "power" else "ema"
+
+
 def to_measure(ctx: StageContext) -> tuple[str, str]:
     """Where the model lies that `evaluate` measures, and which weights it has, in words.
 
     Raises:
         CorruptArtifact: a snapshot does not match its recorded sha256.
     """
-    train, config = ctx.inputs["train"], ctx.config
-    ema, sigma_rel = config.training.ema, config.evaluation.sigma_rel
+    train, sigma_rel = ctx.inputs["train"], ctx.config.evaluation.sigma_rel
     if sigma_rel is None:
-        words = f"power average, sigma_rel {ema.sigma_rel[0]:g}" if ema.kind == "power" else "ema"
-        return last_checkpoint(train).uri, words
+        return last_checkpoint(train).uri, of_checkpoints(ctx.config.training.ema)
     make = ray.remote(num_cpus=1, max_retries=3)(make_average)
     missed = ray.get(make.remote(train, sigma_rel, ctx.folder))
     words = f"power average, sigma_rel {sigma_rel:g}, {missed:.2%} of it missed by the snapshots"

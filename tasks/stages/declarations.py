@@ -5,16 +5,12 @@ and not there, because the code brings torch, Ray and MLflow along, for which `d
 `explain` and what else only looks at the stages would wait for seconds.
 """
 
-from typing import Any
-
 from pipeline import storage
 from pipeline.config import RunConfig
 from pipeline.data.config import SCANNED, DataConfig
 from pipeline.data.preprocess import SHARD_SET_FORMAT
 from pipeline.data.source import scan
-from pipeline.registry.runs import TrackedRun
 from pipeline.registry.versions import find_version, read_reference
-from tasks.stages.plan import Plan
 from tasks.stages.stage import External, Look, Stage, at
 
 LAST = "sample"
@@ -88,18 +84,3 @@ STAGES = (
     ),
 )
 """Each after its inputs."""
-
-
-def tracked_run(plan: Plan) -> TrackedRun:
-    """The MLflow run of a plan: that of its training, whatever else the config says."""
-    params = _flat(plan.config.model_dump())
-    return TrackedRun(plan.tracking_uri, plan.config.name, plan["train"].id, params)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return flat

@@ -36,12 +36,13 @@ from pipeline.evaluation.real_images import (
     write_tensors,
 )
 from pipeline.pictures.curves import draw_over_steps, draw_timesteps
+from pipeline.registry.folder import model_digest
 from pipeline.samplers.config import SamplingConfig
 from pipeline.samplers.model import ModelSpec
 from pipeline.seeding import key
 from pipeline.serving.engine import ImageRequest
 from tasks.cluster import worker_device
-from tasks.stages import averages, in_flight
+from tasks.stages import averages, in_flight, tracking
 from tasks.stages.drawing import IMAGES_PER_TASK, draw
 from tasks.stages.held_out import HeldOut
 from tasks.stages.stage import Outcome, StageContext
@@ -197,7 +198,10 @@ def run(ctx: StageContext) -> Outcome:
     ]
     if config.evaluation.sigma_rel is not None:
         files += [storage.entry_of(ctx.folder, path) for path in averages.FILES]
-    _record(ctx, figures, contents)
+    digest = model_digest(*averages.measured(ctx.inputs["train"], ctx.folder))
+    tracking.log_scores(ctx, digest, info.step, weights, figures)
+    for name, data in contents.items():
+        ctx.tracked_run().log_artifact("evaluation", name, data)
     storage.remove(storage.join(ctx.folder, SAMPLES))
     return Outcome(files, metrics)
 
@@ -293,14 +297,3 @@ def _sheet(samples: list[str], labels: list[int | None]) -> bytes:
         shown = np.arange(min(len(labels), GRID_COLUMNS**2))
     needed = samples[: int(shown.max()) // IMAGES_PER_TASK + 1]
     return grid(torch.cat(list(_stored(needed, "pixels"))).numpy()[shown], width)
-
-
-def _record(ctx: StageContext, figures: Figures, files: dict[str, bytes]) -> None:
-    """Add the figures and the files to the MLflow run."""
-    run = ctx.tracked_run()
-    # the loss on held-out images has a curve of its own, of all checkpoints
-    values = {name: of["value"] for name, of in figures.items() if name != "holdout_loss"}
-    if values:
-        run.log_figures(ctx.config.training.steps, values)
-    for name, data in files.items():
-        run.log_artifact("evaluation", name, data)

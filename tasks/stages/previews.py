@@ -29,6 +29,7 @@ from pipeline.seeding import key
 from pipeline.serving.engine import Engine, ImageRequest
 from pipeline.training import checkpoint
 from tasks.cluster import gpus_beside_training, worker_device
+from tasks.stages import averages, tracking
 from tasks.stages.stage import StageContext
 
 PREVIEW_STEPS = 25
@@ -41,12 +42,14 @@ ROWS = 64
 class Preview:
     """What is made of a checkpoint."""
 
+    digest: str
+    """Of the model that the checkpoint is."""
     png: bytes
     """A grid of samples."""
     loss: float
     """Of held-out images; NaN if there are none."""
     figures: dict[str, float]
-    """Of the small evaluation, by the names that they are logged under."""
+    """Of the small evaluation, by their names in MLflow."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,9 @@ def preview(uri: str, wanted: Wanted) -> Preview:
         labels = [i % num_classes if num_classes else None for i in range(wanted.num_measured)]
         judged = "holdout_accuracy" in reference.stats and num_classes > 0
         found = small_evaluation(draw(labels), labels if judged else None, wanted.reference, device)
-        figures = {f"{name}_n{wanted.num_measured}": value for name, value in found.items()}
-    return Preview(png, loss, figures)
+        group = f"eval_n{wanted.num_measured}"
+        figures = {f"{group}/{name}": value for name, value in found.items()}
+    return Preview(model.digest, png, loss, figures)
 
 
 def small_evaluation(
@@ -185,10 +189,11 @@ class Previews:
             StorageError: MLflow cannot be used; the next call takes up where this one stopped.
         """
         run = self.ctx.tracked_run()
+        weights = averages.of_checkpoints(self.ctx.config.training.ema)
         while self._made:
             step, made = self._made[0]
-            figures = {"holdout_loss": made.loss, **made.figures}
+            figures = {"eval/holdout_loss": made.loss, **made.figures}
             figures = {name: value for name, value in figures.items() if math.isfinite(value)}
-            run.log_history([{"step": step, **figures}])
+            tracking.log_figures(self.ctx, made.digest, step, weights, figures)
             run.log_image("samples", step, made.png)  # last: its presence says that all is there
             self._made.popleft()

@@ -9,10 +9,10 @@ from typing import Any
 from pipeline import storage
 from pipeline.config import RunConfig
 from pipeline.registry.aliases import decide
-from pipeline.registry.folder import MODEL_JSON, model_files
+from pipeline.registry.folder import MODEL_JSON, model_digest, model_files
 from pipeline.registry.registration import register
 from pipeline.registry.versions import FIGURES_TAG, SERVING_TAG, write_reference
-from tasks.stages import averages
+from tasks.stages import averages, tracking
 from tasks.stages.stage import Outcome, StageContext
 
 
@@ -27,7 +27,10 @@ def run(ctx: StageContext) -> Outcome:
     spec, weights = averages.measured(ctx.inputs["train"], ctx.inputs["evaluate"])
 
     run = ctx.tracked_run()
-    run.log_history(info.history)  # a store that is new to this training has none of it
+    # a store that is new to this training has none of it
+    tracking.log_inputs(ctx, shards, train.stats["num_parameters"])
+    tracking.log_precision(run, info.precision or ctx.config.training.precision)
+    run.log_history(info.history)
     lineage = {
         "mlflow_run_id": run.run_id,
         "train_id": train.id,
@@ -45,6 +48,8 @@ def run(ctx: StageContext) -> Outcome:
     grid = storage.read_bytes(storage.join(ctx.inputs["evaluate"], "grid.png"))
     files = model_files(spec, weights, lineage, scores.stats, grid)
     figures = _comparable(scores.stats["figures"])
+    words = scores.stats["protocol"]["weights"]
+    tracking.log_scores(ctx, model_digest(spec, weights), info.step, words, figures)
     reference = register(run, ctx.config.name, files, _tags(ctx.config, lineage, figures))
     rules = ctx.config.registry
     decision = decide(reference, rules.alias, rules.promote_if, figures, scores.stats["skipped"])

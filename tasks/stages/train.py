@@ -38,12 +38,11 @@ from pipeline.errors import ClusterError, ConfigError, StorageError
 from pipeline.samplers.model import ModelSpec
 from pipeline.training import checkpoint, posthoc
 from tasks.cluster import check_room, num_workers, worker_needs
+from tasks.stages import tracking
 from tasks.stages.previews import Previews
 from tasks.stages.stage import Outcome, StageContext
-from tasks.stages.train_worker import Job, train_worker
+from tasks.stages.train_worker import Job, model_spec, train_worker
 
-PRECISION = "ddpm.precision"
-"""Tag of the MLflow run: what it computes in, whatever the config asks for."""
 MLFLOW_PAUSE, MLFLOW_PATIENCE = 5.0, 600.0
 """Seconds between tries to reach MLflow, and until a trained model gives up."""
 
@@ -84,12 +83,8 @@ def run(ctx: StageContext) -> Outcome:
         )
     check_room(config.cluster)
     tracked = ctx.tracked_run()
-    tracked.log_dataset(
-        config.name,
-        shards.id,
-        ctx.inputs["preprocess"],
-        {name: value for name, value in shards.stats.items() if name not in ("bad", "duplicates")},
-    )
+    class_names = shards.stats["class_names"]
+    tracking.log_inputs(ctx, shards, num_parameters(model_spec(config, class_names)))
     sheet = storage.join(ctx.inputs["preprocess"], f"{CONTACT_SHEET}.png")
     tracked.log_image(CONTACT_SHEET, 0, storage.read_bytes(sheet))
     for name, content in (
@@ -107,7 +102,7 @@ def run(ctx: StageContext) -> Outcome:
         max_restarts=-1,
         max_task_retries=-1,
     ).remote()
-    job = Job(config, ctx.folder, ctx.inputs["preprocess"], shards.stats["class_names"], reporter)
+    job = Job(config, ctx.folder, ctx.inputs["preprocess"], class_names, reporter)
     previews = Previews(ctx)
     for info in checkpoint.complete_checkpoints(ctx.folder):
         previews.add(info.step, info.uri)
@@ -123,7 +118,7 @@ def run(ctx: StageContext) -> Outcome:
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
     history: deque[dict[str, float]] = deque()
-    tags: dict[str, str] = {}
+    precisions: list[str] = []
     said: set[str] = set()
     try_again = 0.0
     while True:
@@ -133,7 +128,7 @@ def run(ctx: StageContext) -> Outcome:
                 raise record["error"]
             if "resumed_at" in record:
                 ctx.progress.start(config.training.steps, "steps", record["resumed_at"])
-                tags[PRECISION] = record["precision"]
+                precisions = [record["precision"]]
             if "checkpoint" in record:
                 previews.add(record["step"], record["checkpoint"])
             for name, sentence in record.get("notices", {}).items():
@@ -146,7 +141,7 @@ def run(ctx: StageContext) -> Outcome:
         previews.make()
         if time.monotonic() >= try_again:
             try:
-                _log(ctx, history, tags)
+                _log(ctx, history, precisions)
                 previews.log()
             except StorageError as error:
                 # training does not wait for it, and what was not logged is logged later
@@ -167,7 +162,7 @@ def run(ctx: StageContext) -> Outcome:
     while True:
         try:
             # with what a lost reporter did not pass on
-            _log(ctx, deque(info.history), {PRECISION: _precision(ctx, info)})
+            _log(ctx, deque(info.history), [_precision(ctx, info)])
             previews.log()
             break
         except StorageError:
@@ -245,11 +240,11 @@ def environment() -> str:
     return "\n".join([machine, *sorted(packages, key=str.lower), ""])
 
 
-def _log(ctx: StageContext, history: deque[dict[str, float]], tags: dict[str, str]) -> None:
-    """Log records and tags to MLflow and take them from what is given; they stay if it is away."""
-    if tags:
-        ctx.tracked_run().set_tags(tags)
-        tags.clear()
+def _log(ctx: StageContext, history: deque[dict[str, float]], precisions: list[str]) -> None:
+    """Log to MLflow and take what is logged from what is given; it stays if MLflow is away."""
+    for precision in precisions:
+        tracking.log_precision(ctx.tracked_run(), precision)
+    precisions.clear()
     if history:
         ctx.tracked_run().log_history(list(history))
         history.clear()
@@ -259,21 +254,25 @@ def _precision(ctx: StageContext, info: checkpoint.CheckpointInfo) -> str:
     return info.precision or ctx.config.training.precision
 
 
+def num_parameters(spec: ModelSpec) -> int:
+    """Of the network of a model."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in spec.make_network().parameters())
+
+
 def _outcome(ctx: StageContext, info: checkpoint.CheckpointInfo) -> Outcome:
     name = checkpoint.checkpoint_name(info.step)
     paths = [f"{name}/{file}" for file in [*info.state["files"], checkpoint.STATE]]
     paths += posthoc.snapshot_files(ctx.folder)
     files = [storage.entry_of(ctx.folder, path) for path in paths]
     spec = ModelSpec.model_validate(info.state["spec"])
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in spec.make_network().parameters())
     rates = [record["images_per_second"] for record in info.history]
     best = checkpoint.read_best(ctx.folder)
     stats = {
         "step": info.step,
         "precision": _precision(ctx, info),
         "loss": info.history[-1]["loss"],
-        "num_parameters": parameters,
+        "num_parameters": num_parameters(spec),
         "images_per_second": float(np.median(rates)),
         "best_step": best.step if best else None,
         "mlflow_run_id": ctx.tracked_run().run_id,

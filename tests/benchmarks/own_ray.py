@@ -35,11 +35,12 @@ def started_ray(num_cpus: int) -> Iterator[None]:
 def run_stage(config: RunConfig, stage: str) -> str:
     """Run the stages up to one, as `ddpm` does; the folder of its output."""
     from tasks.stages import workflow
-    from tasks.stages.declarations import STAGES, tracked_run
+    from tasks.stages.declarations import STAGES
     from tasks.stages.plan import make_plan
     from tasks.stages.preprocess import look_on_cluster
     from tasks.stages.progress import Board
     from tasks.stages.stage import Look
+    from tasks.stages.tracking import tracked_run
 
     tracking_uri = f"sqlite:///{config.storage}/mlflow.db"
     look = Look(remember=True, into=look_on_cluster)

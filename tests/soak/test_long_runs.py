@@ -59,9 +59,9 @@ def test_elastic_workers_follow_the_nodes_that_come_and_are_lost(
             interrupt(process, signal.SIGINT)
         finally:
             end(process)
-    steps = [step for step, _ in metric_history(place, "loss")]
+    steps = [step for step, _ in metric_history(place, "train/loss")]
     assert steps == list(range(5, steps[-1] + 1, 5))
-    rates = [metric_history(place, f"images_per_second{of}") for of in ("", "_per_worker")]
+    rates = [metric_history(place, f"speed/images_per_second{of}") for of in ("", "_per_worker")]
     numbers = [round(all_ / one) for (_, all_), (_, one) in zip(*rates, strict=True)]
     assert [number for number, _ in itertools.groupby(numbers)] == [1, 2, 1]
 
@@ -120,9 +120,9 @@ def test_training_goes_on_while_mlflow_is_away_and_nothing_is_lost(
             assert process.returncode == 0, output
             (run_id,) = {place.manifest("train")["stats"]["mlflow_run_id"]}
             client = MlflowClient(tracking_uri=uri)
-            history = client.get_metric_history(run_id, "loss")
+            history = client.get_metric_history(run_id, "train/loss")
             assert [point.step for point in history] == list(range(5, 201, 5))
-            held_out = client.get_metric_history(run_id, "holdout_loss")
+            held_out = client.get_metric_history(run_id, "eval/holdout_loss")
             assert [point.step for point in held_out] == list(range(20, 201, 20))
     finally:
         end(process)

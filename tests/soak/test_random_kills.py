@@ -71,7 +71,7 @@ def test_kills_at_random_change_nothing(
     print(f"seed {seed}: {', '.join(done)}")
     assert process.returncode == 0
     assert weights_of(place) == weights_of(quiet)
-    assert metric_history(place, "loss") == metric_history(quiet, "loss")
+    assert metric_history(place, "train/loss") == metric_history(quiet, "train/loss")
 
 
 @pytest.mark.parametrize("values", [{}, {"recompute": True, "accumulate": 2}])
@@ -103,7 +103,7 @@ def test_workers_train_a_compiled_network_to_the_same_losses(
         settings = [f"training.parallel={parallel}", f"training.compile={compile_}"]
         few = ["training.steps=6", "training.log_every=3", "training.checkpoint_every=3"]
         place.ddpm(*tiny_command("train", *settings, *few), timeout=HANG)
-        losses.append(metric_history(place, "loss"))
+        losses.append(metric_history(place, "train/loss"))
     assert [step for step, _ in losses[0]] == [3, 6]
     assert np.array(losses[1]) == pytest.approx(np.array(losses[0]), rel=1e-4)
 

@@ -18,10 +18,11 @@ from pipeline.registry.aliases import (
     DECISION_TAG,
 )
 from pipeline.registry.versions import FIGURES_TAG, read_tag, resolve
-from tasks.stages.declarations import STAGES, tracked_run
+from tasks.stages.declarations import STAGES
 from tasks.stages.plan import make_plan
 from tasks.stages.progress import Board
 from tasks.stages.stage import Outcome, StageContext
+from tasks.stages.tracking import tracked_run
 from tasks.stages.workflow import run
 from tests.conftest import ROOT, TINY, Workplace, tiny_command
 from tests.unit.test_gate import Silent
@@ -311,7 +312,7 @@ def test_other_rules_decide_again_on_the_version_that_is_there(
     assert set(figures) == set(tiny.manifest("evaluate")["stats"]["figures"])
     assert len(tracked.client.search_model_versions("name = 'digits'")) == 1
 
-    (card,) = (tmp_path / "mlruns").rglob("model/*/README.md")
+    (card,) = (tmp_path / "mlruns").rglob("models/*/artifacts/README.md")
     assert "| `class_accuracy` |" in card.read_text()
     assert (card.parent / "grid.png").read_bytes().startswith(b"\x89PNG")
 
@@ -337,5 +338,5 @@ def test_a_registry_that_was_lost_is_filled_again(tiny: Workplace, tmp_path: Pat
 def losses_in(place: Workplace) -> list[tuple[int, float]]:
     with contextlib.closing(sqlite3.connect(place.folder / "mlflow.db")) as database:
         return database.execute(
-            "SELECT step, value FROM metrics WHERE key = 'loss' ORDER BY step"
+            "SELECT step, value FROM metrics WHERE key = 'train/loss' ORDER BY step"
         ).fetchall()

@@ -136,7 +136,7 @@ def test_a_killed_maker_leaves_no_cache_and_of_two_at_once_one_makes_it(
 
 def test_a_store_whose_making_was_killed_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "mlflow.db"
-    code = f"from pipeline.registry.runs import make_client; make_client('sqlite:///{path}')"
+    code = f"from pipeline.registry.store import make_client; make_client('sqlite:///{path}')"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
         wait_for(lambda: count_tables(tmp_path) >= 12, "some of MLflow's tables")
         process.kill()

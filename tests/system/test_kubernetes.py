@@ -17,7 +17,8 @@ from safetensors.torch import save
 from pipeline.config import RunConfig, load_config
 from pipeline.registry.folder import model_files
 from pipeline.registry.registration import register
-from pipeline.registry.runs import TrackedRun, make_client
+from pipeline.registry.runs import TrackedRun
+from pipeline.registry.store import make_client
 from pipeline.samplers.model import ModelSpec
 from pipeline.serving.config import ServingConfig
 from tasks.cluster import ENVIRONMENT

@@ -129,7 +129,13 @@ def assert_all_is_as_in_peace(cluster: Cluster, quiet: Workplace, folder: Path) 
         figures = manifest("evaluate").stats["figures"]
         assert figures == quiet.manifest("evaluate")["stats"]["figures"]
     tracked = cluster.tracked(folder)
-    for name in ("loss", "lr", "grad_norm", "holdout_loss", "class_accuracy"):
+    for name in (
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "eval/holdout_loss",
+        "eval/class_accuracy",
+    ):
         assert metric_history(tracked, name) == metric_history(quiet, name)
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from pipeline.registry.aliases import promote
 from pipeline.registry.folder import model_files
 from pipeline.registry.registration import register
 from pipeline.registry.runs import TrackedRun
+from pipeline.registry.store import make_client
 from pipeline.registry.versions import ModelReference
 from tests.browser import OpenPage, chromium
 from tests.conftest import HANG, ROOT, Workplace, wait_for
@@ -219,8 +221,9 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_before_serving(
 ) -> None:
     before = ann.post(REQUEST)[1]["model"]
     broken = another_version(place, 0.02)
-    for weights in (place.folder / "mlruns").rglob(f"{broken.digest}/*.safetensors"):
-        weights.write_bytes(b"not weights")
+    client = make_client(broken.tracking_uri)
+    source = client.get_model_version(broken.name, broken.version).source
+    (Path(source) / "weights.safetensors").write_bytes(b"not weights")
     promote(broken, "champion")
     time.sleep(5)  # it has looked twice
     status, reply = ann.post(REQUEST)

@@ -1,16 +1,22 @@
 """MLflow's server with PostgreSQL behind it and its artifacts in a bucket."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import fsspec
 import pytest
 from mlflow.tracking import MlflowClient
 
 from pipeline.errors import StorageError
-from pipeline.registry.runs import make_client
+from pipeline.loading import load_model
+from pipeline.registry.logged_models import VERSIONS_TAG, log_model
+from pipeline.registry.registration import register
+from pipeline.registry.runs import TrackedRun
+from pipeline.registry.store import make_client
 from tests import needs
 from tests.conftest import ENVIRONMENT, end, free_port
 
@@ -24,6 +30,8 @@ from tests.servers import (
     put_digits,
     why_no_postgres,
 )
+from tests.unit.test_registry import files
+from tests.unit.test_runs import Killed, kill_after
 
 pytestmark = needs.POSTGRESQL.met_if(not why_no_postgres())
 
@@ -103,7 +111,7 @@ def test_several_processes_log_at_once_while_the_server_is_restarted(
                 assert process.wait(timeout=HANG) == 0
             client = MlflowClient(uri, uri)
             for run in runs:
-                history = client.get_metric_history(run, "loss")
+                history = client.get_metric_history(run, "train/loss")
                 assert [(point.step, point.value) for point in history] == [
                     (step, float(step)) for step in range(1, POINTS + 1)
                 ]
@@ -119,3 +127,38 @@ def test_several_processes_log_at_once_while_the_server_is_restarted(
     finally:
         for process in loggers:
             end(process)
+
+
+def test_a_model_is_registered_through_a_server_as_on_sqlite(
+    elsewhere: Elsewhere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One logged model and one version, killed in between or not; its weights lie there once."""
+    import mlflow
+
+    server = (tmp_path, elsewhere.port, elsewhere.database, "s3://bucket/mlflow")
+    uri, content = elsewhere.tracking_uri, files("through a server")
+    with mlflow_server(*server, **elsewhere.s3.environment()):
+        run = TrackedRun(uri, "through_a_server", "t", {"lr": 1})
+        digest = json.loads(content["model.json"])["digest"]
+        model_id = log_model(run, "shapes-step-40", digest, 40)
+        run.log_figures(40, {"eval/fd": 5.0}, model_id, ("shapes", "data-1"))
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_after(0, "create_model_version", patch)
+            register(run, "shapes", content, {})
+        references = [register(run, "shapes", content, {"ddpm.new": "1"}) for _ in range(2)]
+        assert [reference.version for reference in references] == ["1", "1"]
+        (model,) = run.client.search_logged_models([run.experiment_id])
+        assert (model.model_id, str(model.status)) == (model_id, "READY")
+        assert [figure.value for figure in model.metrics] == [5.0]
+        assert json.loads(model.tags[VERSIONS_TAG]) == [{"name": "shapes", "version": "1"}]
+        outputs = run.client.get_run(run.run_id).outputs.model_outputs
+        assert [(output.model_id, output.step) for output in outputs] == [(model_id, 40)]
+        assert load_model("models:/shapes/1", uri).digest == digest
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        loaded = mlflow.pyfunc.load_model("models:/shapes/1")
+        assert loaded.predict({"n": 2, "steps": 2}).shape == (2, 8, 8, 1)
+        assert loaded.model_id == model_id
+    bucket = fsspec.filesystem("s3", key="test", secret="test", endpoint_url=elsewhere.s3.endpoint)
+    copies = [name for name in bucket.find("bucket/mlflow") if name.endswith(".safetensors")]
+    assert [bucket.cat_file(name) for name in copies] == [content["weights.safetensors"]]
+    assert f"/models/{model_id}/artifacts/" in copies[0]

@@ -24,7 +24,7 @@ from pipeline.registry.aliases import (
 )
 from pipeline.registry.config import RegistryConfig, Rule
 from pipeline.registry.gate import Champion, Decision, Verdict, judge
-from pipeline.registry.runs import make_client
+from pipeline.registry.store import make_client
 from pipeline.registry.versions import FIGURES_TAG, ModelReference, read_tag
 
 MEASURED = {"n": 100, "sampling": {"sampler": "ddim", "steps": 50}, "reference": "abc"}

@@ -19,7 +19,8 @@ from pipeline.loading import load_model
 from pipeline.registry.aliases import history, promote
 from pipeline.registry.folder import model_digest, model_files
 from pipeline.registry.registration import register
-from pipeline.registry.runs import TrackedRun, make_client
+from pipeline.registry.runs import TrackedRun
+from pipeline.registry.store import make_client
 from pipeline.registry.versions import (
     DIGEST_TAG,
     ModelReference,
@@ -51,6 +52,12 @@ def files(name: str = "a") -> dict[str, bytes]:
     return model_files(model.spec, save_tensors(model.network.state_dict()), {"train_id": "t"})
 
 
+def files_of(reference: ModelReference) -> Path:
+    """Where the files of a version lie."""
+    client = make_client(reference.tracking_uri)
+    return Path(client.get_model_version(reference.name, reference.version).source)
+
+
 @pytest.fixture(scope="module")
 def champion(uri: str) -> ModelReference:
     reference = register(TrackedRun(uri, "shapes", "t1", {"lr": 1}), "shapes", files(), {"x": "y"})
@@ -58,124 +65,10 @@ def champion(uri: str) -> ModelReference:
     return reference
 
 
-def test_a_run_is_found_again_and_points_are_not_doubled(uri: str) -> None:
-    first = TrackedRun(uri, "exp", "train-1", {"training.lr": 0.1})
-    first.log_history([{"step": s, "loss": 1 / s} for s in (5, 10, 15)])
-    first.log_image("samples", 10, _png())
-    # another process, which resumed from step 10 and logs 15 again
-    again = TrackedRun(uri, "exp", "train-1", {"training.lr": 0.2})
-    assert again.run_id == first.run_id
-    again.log_history([{"step": s, "loss": 1 / s} for s in (15, 20)])
-    assert again.image_steps("samples") == {10}
-    again.log_image("samples", 10, _png())
-    again.log_image("samples", 20, _png())
-    history = again.client.get_metric_history(again.run_id, "loss")
-    assert [(point.step, point.value) for point in history] == [(s, 1 / s) for s in (5, 10, 15, 20)]
-    images = [e.path for e in again.client.list_artifacts(again.run_id, "images")]
-    assert sum(path.endswith(".png") for path in images) == 2
-    assert again.client.get_run(again.run_id).data.params == {"training.lr": "0.1"}
-    assert TrackedRun(uri, "exp", "train-2", {}).run_id != first.run_id
-    again.finish()
-    assert again.client.get_run(again.run_id).info.status == "FINISHED"
-
-
-def test_what_a_store_that_was_away_did_not_take_is_logged_later(
-    uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    run = TrackedRun(uri, "exp", "train-5", {})
-    run.log_history([{"step": 1, "loss": 1.0}])
-
-    def away(*_: object, **__: object) -> None:
-        raise MlflowException("connection refused")
-
-    for method in ("log_batch", "get_metric_history"):
-        with monkeypatch.context() as patch:
-            patch.setattr(MlflowClient, method, away)
-            with pytest.raises(StorageError, match="cannot be used: connection refused"):
-                run.log_history([{"step": s, "loss": 0.5, method: 2.0} for s in (1, 2, 3)])
-    # what is logged then holds some of it twice, since a worker that starts again sends it again
-    run.log_history([{"step": s, "loss": 0.5} for s in (2, 3, 2, 3, 4)])
-    history = run.client.get_metric_history(run.run_id, "loss")
-    assert [(point.step, point.value) for point in history] == [
-        (1, 1.0),
-        (2, 0.5),
-        (3, 0.5),
-        (4, 0.5),
-    ]
-
-
-def test_what_arrived_without_an_answer_is_not_logged_twice(
-    uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    run = TrackedRun(uri, "exp", "train-6", {})
-    run.log_history([{"step": 1, "loss": 1.0}])
-    run.log_image("samples", 1, _png())
-    for name in ("log_batch", "log_image"):
-        call = getattr(MlflowClient, name)
-
-        def unanswered(*args: object, call: Any = call, **values: object) -> None:
-            call(*args, **values)
-            raise MlflowException("the connection was cut")
-
-        with monkeypatch.context() as cut:
-            cut.setattr(MlflowClient, name, unanswered)
-            with pytest.raises(StorageError, match="the connection was cut"):
-                if name == "log_batch":
-                    run.log_history([{"step": 2, "loss": 0.5}])
-                else:
-                    run.log_image("samples", 2, _png())
-    run.log_history([{"step": 2, "loss": 0.5}])
-    run.log_image("samples", 2, _png())
-    history = run.client.get_metric_history(run.run_id, "loss")
-    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
-    images = [entry.path for entry in run.client.list_artifacts(run.run_id, "images")]
-    assert sum(path.endswith(".png") for path in images) == 2
-
-
-def test_figures_follow_the_newest_evaluation(uri: str) -> None:
-    run = TrackedRun(uri, "exp", "train-3", {})
-    for value in (0.5, 0.5, 0.9):
-        run.log_figures(60, {"class_accuracy": value})
-    history = run.client.get_metric_history(run.run_id, "class_accuracy")
-    assert [point.value for point in history] == [0.5, 0.9]
-    assert run.client.get_run(run.run_id).data.metrics["class_accuracy"] == 0.9
-
-
-def test_parameters_are_written_by_whoever_comes_after_a_killed_maker(
-    uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mlflow.tracking import MlflowClient
-
-    class Killed(BaseException):
-        pass
-
-    def kill(*_: object, **__: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "log_batch", kill)
-        with pytest.raises(Killed):
-            TrackedRun(uri, "exp", "train-4", {"a": 1})
-    again = TrackedRun(uri, "exp", "train-4", {"a": 1})
-    assert again.client.get_run(again.run_id).data.params == {"a": "1"}
-
-
 def test_artifacts_lie_beside_a_sqlite_store(uri: str, champion: ModelReference) -> None:
     folder = Path(uri.removeprefix("sqlite:///")).parent
     assert list((folder / "mlruns").rglob("weights.safetensors"))
     assert list(Path.cwd().iterdir()) == []
-
-
-def _png() -> bytes:
-    from pipeline.data.images import png
-
-    return png(np.zeros((8, 8, 1), np.uint8))
 
 
 def test_the_same_content_twice_is_one_version(uri: str, champion: ModelReference) -> None:
@@ -430,11 +323,7 @@ def test_a_card_is_written_anew_with_what_was_learned_since(
     card = {"README.md": b"another evaluation", "grid.png": b"another picture"}
     again = register(TrackedRun(uri, "shapes", "t9", {}), "shapes", files() | card, {})
     assert again == champion
-    (folder,) = [
-        path.parent
-        for path in Path(uri.removeprefix("sqlite:///")).parent.rglob("README.md")
-        if champion.digest == path.parent.name
-    ]
+    folder = files_of(champion)
     assert (folder / "README.md").read_bytes() == b"another evaluation"
     assert (folder / "grid.png").read_bytes() == b"another picture"
     load_model(champion.uri, uri)
@@ -462,14 +351,13 @@ def test_a_version_that_was_replaced_deleted_or_lost_is_named(uri: str) -> None:
     run = TrackedRun(uri, "shapes", "doomed", {})
     doomed = register(run, "doomed", files("doomed"), {})
     other = register(run, "doomed", files("other"), {})
-    (folder,) = Path(uri.removeprefix("sqlite:///")).parent.rglob(doomed.digest)
-    (source,) = Path(uri.removeprefix("sqlite:///")).parent.rglob(other.digest)
-    for path in source.iterdir():
+    folder = files_of(doomed)
+    for path in files_of(other).iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     with pytest.raises(CorruptArtifact, match=f"holds the model {other.digest}, the registry says"):
         load_model(doomed.uri, uri)
     shutil.rmtree(folder)
-    with pytest.raises(StorageError, match="the files of doomed@1 cannot be read from runs:/"):
+    with pytest.raises(StorageError, match="the files of doomed@1 cannot be read from /"):
         load_model(doomed.uri, uri)
     run.client.delete_model_version("doomed", "1")
     for call in (lambda: load_model(doomed.uri, uri), lambda: read_tag(doomed, "x")):

@@ -105,20 +105,21 @@ def test_no_image_is_lost_between_source_and_shards(tiny: Workplace) -> None:
 
 
 def test_the_mlflow_run_tells_the_training(tiny: Workplace) -> None:
-    assert [step for step, _ in metric_history(tiny, "loss")] == list(range(5, 61, 5))
-    for name in ("lr", "images_per_second", "grad_norm", "system/cpu_utilization_percentage"):
+    assert [step for step, _ in metric_history(tiny, "train/loss")] == list(range(5, 61, 5))
+    for name in ("train/lr", "train/grad_norm", "speed/images_per_second", "speed/data_wait"):
         assert len(metric_history(tiny, name)) == 12
-    utilisation = [share for _, share in metric_history(tiny, "utilisation")]
+    assert len(metric_history(tiny, "system/cpu_utilization_percentage")) == 12
+    utilisation = [share for _, share in metric_history(tiny, "speed/utilisation")]
     assert all(0 < share < 2 for share in utilisation)
-    quartiles = [metric_history(tiny, f"loss_quartile_{i}")[-1][1] for i in (1, 2, 3, 4)]
+    quartiles = [metric_history(tiny, f"train/loss_quartile_{i}")[-1][1] for i in (1, 2, 3, 4)]
     assert quartiles[0] > quartiles[3], "the less noise, the harder it is to see"
     (config,) = (tiny.folder / "mlruns").rglob("config.yaml")
     assert yaml.safe_load(config.read_text())["training"]["steps"] == 60
     (environment,) = (tiny.folder / "mlruns").rglob("environment.txt")
     assert f"torch=={torch.__version__}" in environment.read_text()
-    assert [step for step, _ in metric_history(tiny, "holdout_loss")] == [20, 40, 60]
-    assert len(metric_history(tiny, "class_accuracy")) == 1
-    measured = [step for step, _ in metric_history(tiny, "kd_cnn_digits_n10")]
+    assert [step for step, _ in metric_history(tiny, "eval/holdout_loss")] == [20, 40, 60]
+    assert len(metric_history(tiny, "eval/class_accuracy")) == 1
+    measured = [step for step, _ in metric_history(tiny, "eval_n10/kd_cnn_digits")]
     assert set(measured) <= {20, 40, 60}, "of checkpoints that found the reference finished"
     precision = tiny.manifest("train")["stats"]["precision"]
     assert precision == "float32", "of so small a network on any CPU"
@@ -139,7 +140,7 @@ def test_the_mlflow_run_tells_the_training(tiny: Workplace) -> None:
     (sheet,) = (tiny.folder / "mlruns").rglob("images/contact_sheet+step+0+*.png")
     (made,) = (tiny.folder / "runs" / "preprocess").glob("*/contact_sheet.png")
     assert np.array_equal(np.asarray(Image.open(sheet)), np.asarray(Image.open(made)))
-    waits = [share for _, share in metric_history(tiny, "data_wait")]
+    waits = [share for _, share in metric_history(tiny, "speed/data_wait")]
     assert len(waits) == 12
     assert all(0 <= share < 1 for share in waits)
 
@@ -164,7 +165,7 @@ def test_every_figure_says_how_it_was_measured_and_every_missing_one_why(tiny: W
     assert floor["n"] == 20
     assert floor["real"] < floor["samples"], "of a network that was hardly trained"
     assert "needs at least 129 images a set, here are 20" in stats["skipped"]["fd_cnn_digits"]
-    assert len(metric_history(tiny, "kd_cnn_digits")) == 1
+    assert len(metric_history(tiny, "eval/kd_cnn_digits")) == 1
 
 
 def test_a_small_evaluation_is_made_of_a_checkpoint(tiny: Workplace) -> None:
@@ -174,7 +175,7 @@ def test_a_small_evaluation_is_made_of_a_checkpoint(tiny: Workplace) -> None:
     wanted = Wanted(str(shard_set), 100, str(reference), num_measured=10, guidance=0.5, seed=0)
     made = preview(str(uri), wanted)
     assert set(made.figures) == {
-        f"{name}_n10"
+        f"eval_n10/{name}"
         for name in (
             "class_accuracy",
             "kd_cnn_digits",
@@ -297,7 +298,7 @@ def place_with_shards(
 def assert_trained_like_the_quiet_run(place: Workplace, tiny: Workplace) -> None:
     """Same weights bit for bit, same history without duplicates."""
     assert weights_of(place) == weights_of(tiny)
-    for name in ("loss", "lr", "holdout_loss"):
+    for name in ("train/loss", "train/lr", "eval/holdout_loss"):
         assert metric_history(place, name) == metric_history(tiny, name)
     with database_of(place) as database:
         assert database.execute("SELECT count(*) FROM runs").fetchone() == (1,)
