@@ -46,13 +46,14 @@ def plans(
         yield (number, spacing, sampler), compile_plan(schedule, "fixed_small", asked)
 
 
-@pytest.mark.parametrize("timesteps", [2, 25])
 @pytest.mark.parametrize(
-    "name", ["linear", "quadratic", "cosine", "sigmoid", "laplace", "vp", "ve"]
+    ("name", "timesteps"),
+    [
+        *itertools.product(["cosine", "sigmoid", "laplace", "vp", "ve"], [2, 25]),
+        *itertools.product(["linear", "quadratic"], [25]),  # of fewer a β would be above 1
+    ],
 )
 def test_a_plan_is_finite_and_looks_at_no_time_without_noise(name: str, timesteps: int) -> None:
-    if timesteps < 25 and name in ("linear", "quadratic"):
-        pytest.skip("no such schedule: its last β would be above 1")
     steps = sorted({1, 2, timesteps - 1, timesteps})
     for asked, plan in plans(name, timesteps, steps, FLOW + NOISY):
         assert plan.table[:, MATRIX].isfinite().all(), asked

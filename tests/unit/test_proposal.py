@@ -229,8 +229,8 @@ def test_a_run_is_named_after_its_source(source: str, name: str) -> None:
     ],
 )
 def test_any_value_is_read_as_it_was_written(tmp_path: Path, value: object) -> None:
-    from pipeline.config import _parse_yaml
+    from pipeline.yaml12 import parse
 
     decisions = [Decision("z", 1), Decision("x.y", value, "why\n not: so")]
     text = render(["a header", "with\nbreaks: \x85"], decisions)
-    assert _parse_yaml(text, "here") == {"z": 1, "x": {"y": value}}
+    assert parse(text, "here") == {"z": 1, "x": {"y": value}}
