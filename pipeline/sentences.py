@@ -76,7 +76,8 @@ def validated(model: Any, prefix: str, **values: Any) -> Any:
         mistake = first_mistake(error)
         rule = mistake.rule[0].lower() + mistake.rule[1:]
         is_shown = mistake.loc and not prefix[-1].isalpha()
-        option = f"{prefix}{mistake.key} {mistake.value}: " if is_shown else ""
+        value = "" if mistake.is_ours else f" {mistake.value}"  # our sentences name it
+        option = f"{prefix}{mistake.key}{value}: " if is_shown else ""
         raise RequestError(option + rule, mistake.key) from error
 
 

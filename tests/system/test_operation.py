@@ -236,7 +236,7 @@ def test_a_version_that_cannot_be_loaded_leaves_the_one_before_serving(
     ("options", "sentence"),
     [
         (["--replicas", "0"], "--replicas 0 must be from 1 to 1000"),
-        (["--set", "replicas=[2, 1]"], "[2, 1] must be a number from 1 to 1000, or [least"),
+        (["--set", "replicas=[2, 1]"], "--set replicas: [2, 1] must be a number from 1 to 1000"),
         (["--set", "max_image=3"], "--set max_image 3: extra inputs are not permitted"),
         (["--set", "rows"], "must have the form key=value"),
         (["--api-keys", "none.txt"], "none.txt cannot be read"),
